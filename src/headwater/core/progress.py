@@ -1,0 +1,50 @@
+"""Progress on long work: a bar on a terminal, one line a stage elsewhere, nothing in the library's results."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_quiet: ContextVar[bool] = ContextVar("headwater_quiet", default=True)
+
+
+@contextmanager
+def progress_shown(shown: bool = True) -> Iterator[None]:
+    """Show progress inside this block (the command line does; a library call is silent unless asked)."""
+    token = _quiet.set(not shown)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
+def track(things: Iterable[T], label: str, total: int | None = None) -> Iterable[T]:
+    """Iterate over `things`, showing how far it is where progress is shown."""
+    if _quiet.get():
+        return things
+    if total is None and hasattr(things, "__len__"):
+        total = len(things)  # type: ignore[arg-type]
+    return _lines(things, label, total) if not sys.stderr.isatty() else _bar(things, label, total)
+
+
+def _bar(things: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    from rich.console import Console
+    from rich.progress import track as rich_track
+
+    yield from rich_track(things, label, total=total, console=Console(stderr=True), transient=True)
+
+
+def _lines(things: Iterable[Any], label: str, total: int | None) -> Iterator[Any]:
+    """Where there is no terminal (a log, CI): at most a line every ten seconds."""
+    import time
+
+    shown = time.monotonic()
+    for done, thing in enumerate(things):
+        yield thing
+        now = time.monotonic()
+        if now - shown > 10:
+            shown = now
+            sys.stderr.write(f"  {label}: {done + 1}{f'/{total}' if total else ''}\n")
+            sys.stderr.flush()

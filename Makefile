@@ -1,0 +1,64 @@
+# `make demo` and `make test` are all that is needed; each sets up .venv first if that has not been done.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# One thread a process: the tests run in two processes, and what they compute is small.
+TEST_ENV := OMP_NUM_THREADS=1
+WORKERS ?= 2
+
+.PHONY: help setup demo test test-all lint bench docs clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      trace indirect-object identification in SmolLM2-135M into runs/demo, print where the report is"
+	@echo "make test      run the tests (without the long proofs)"
+	@echo "make test-all  run all of them"
+	@echo "make lint      ruff and pyright"
+	@echo "make bench     speed and memory beside other libraries (docs/benchmarks.md)"
+	@echo "make docs      build the documentation into site/"
+	@echo "make clean     remove .venv and what was generated; runs/ stays"
+
+setup: $(VENV)/.installed
+
+# torch first: the constraint names the release, so that nothing later can pull another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): a few minutes, once."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "  1/2 torch"
+	@$(INSTALL) torch
+	@echo "  2/2 headwater and its tools"
+	@$(INSTALL) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	@$(INSTALL) -e '.[docs]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	@$(INSTALL) -e '.[bench]'
+	@touch $@
+
+# An interrupted demo goes on from where it was.
+demo: setup
+	@$(BIN)/headwater trace ioi --model smollm2 --out runs/demo
+
+test: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+
+test-all: setup
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.installed-bench
+	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
+clean:
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis

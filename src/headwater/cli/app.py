@@ -1,0 +1,47 @@
+"""The application: its command groups and the one entry point."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from headwater.cli import behavior, localize, models, trace
+from headwater.cli.guard import Guarded
+
+app = typer.Typer(
+    name="headwater",
+    cls=Guarded,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from headwater import __version__
+
+        typer.echo(f"headwater {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    """Trace what a language model does back to where it comes from: behavior, mechanism, claims, action."""
+
+
+trace.add_to(app)
+behavior.add_to(app)
+localize.add_to(app)
+models.add_to(app)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; leaves with 0, 2 (a mistake that can be mended), 130 (interrupted) or 1 (a bug)."""
+    app(args=None if arguments is None else list(arguments), prog_name="headwater")

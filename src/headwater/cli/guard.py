@@ -1,0 +1,102 @@
+"""What a failure looks like: one paragraph and an exit code, never a traceback for a mistake that can be mended."""
+
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from headwater.core.errors import HeadwaterError, StoreError
+from headwater.core.progress import progress_shown
+
+INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
+BUG = 1
+
+_MENDS = {
+    errno.ENOSPC: "Free some space, or choose a folder on another disk; what was finished before is readable",
+    errno.EDQUOT: "Free some of your quota, or choose a folder elsewhere; what was finished before is readable",
+    errno.EROFS: "That file system is read-only: choose a folder that can be written",
+    errno.EACCES: "Allow access to it, or choose another place",
+    errno.EPERM: "Allow access to it, or choose another place",
+    errno.ENOENT: "Check the path",
+    errno.ENOTDIR: "A part of that path is a file, not a folder: choose another place",
+    errno.EISDIR: "That path is a folder where a file was wanted",
+    errno.ENAMETOOLONG: "Choose a shorter path",
+}
+
+
+class Guarded(TyperGroup):
+    """The group of all commands, with the handling of failures that they share."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with progress_shown():
+                return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except KeyboardInterrupt as stop:
+            say(f"Interrupted. {stop}".strip())
+            raise typer.Exit(INTERRUPTED) from None
+        except HeadwaterError as error:
+            say(str(error), label="error")
+            raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno not in _MENDS:  # a closed pipe, or something that nobody foresaw
+                raise
+            say(str(from_os_error(error)), label="error")
+            raise typer.Exit(StoreError.exit_code) from None
+        except Exception as error:
+            if type(error).__module__.startswith(("typer.", "click.")):
+                raise  # wrong usage of the command line: it prints itself
+            _report_bug(error)
+            raise typer.Exit(BUG) from None
+
+
+def from_os_error(error: OSError) -> StoreError:
+    """The same in words that help: which file, what the system said, what to do."""
+    where = f" {error.filename}" if error.filename else " a file"
+    return StoreError(
+        f"cannot read or write{where}",
+        got=error.strerror or str(error),
+        fix=_MENDS.get(error.errno or 0, "Check the disk"),
+    )
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Whoever presses Ctrl-C inside is told how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = f"headwater resume {folder}"
+        raise KeyboardInterrupt(f"Every finished stage is stored in {folder}; go on with: {command}") from None
+
+
+def say(message: str, *, label: str | None = None) -> None:
+    """One wrapped paragraph on stderr. The text may hold a user's or a model's words: none of it is read as markup."""
+    from rich.console import Console
+    from rich.text import Text
+
+    paragraph = " ".join(printable(message).split())
+    text = Text.assemble((f"{label}: ", "bold red"), paragraph) if label else Text(paragraph)
+    Console(stderr=True, highlight=False).print(text, soft_wrap=not sys.stderr.isatty())
+
+
+def printable(text: str) -> str:
+    """The text without control characters, so that a file's or a model's words cannot drive the terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else f"\\x{ord(char):02x}" for char in text)
+
+
+def _report_bug(error: Exception) -> None:
+    import traceback
+
+    sys.stderr.write(printable("".join(traceback.format_exception(error))))
+    say(
+        "This is a bug in headwater, not a mistake of yours: please report it with the lines above, the command and "
+        "the output of `headwater --version`. What was stored before is untouched.",
+        label="bug",
+    )

@@ -1,0 +1,71 @@
+"""localize: one method on one behavior of one model."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headwater.cli.show import show, show_json, show_rows
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put this group's commands into the application."""
+    app.command()(localize)
+
+
+def localize(
+    method: Annotated[str, typer.Argument(help="A method's name: patch, atp, eap, eap_ig; a wrong one lists all.")],
+    behavior: Annotated[str, typer.Argument(help="A behavior's name or a file of pairs.")],
+    model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
+    n: Annotated[int | None, typer.Option(min=2, help="How many pairs.")] = None,
+    seed: Annotated[int, typer.Option(help="The seed they are made with.")] = 0,
+    metric: Annotated[str, typer.Option(help="What is explained.")] = "logit_diff",
+    option: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the method, as NAME=VALUE; may be repeated.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many rows to print.")] = 20,
+    out: Annotated[Path | None, typer.Option(help="Also save the whole result into this folder.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Ask where in a model a behavior comes from, with one method."""
+    from headwater import behavior as behaviors
+    from headwater.core.loading import load
+    from headwater.localize import methods
+
+    options = dict(_setting(text) for text in option or [])
+    run = methods.get(method)
+    pairs = behaviors(behavior, n=n, seed=seed)
+    result = run(load(model), pairs, metric=metric, **options)
+    if out is not None:
+        result.save(out)
+    frame = result.to_frame()
+    size = next((name for name in ("effect", "score") if name in frame.columns), None)
+    if size is not None:
+        frame = frame.sort(frame[size].abs(), descending=True)
+    rows = frame.head(top).to_dicts()
+    if json:
+        show_json(rows)
+        return
+    show_rows(rows, as_json=False, title=f"{method} on {pairs.name}: the {len(rows)} largest of {frame.height}")
+    if out is not None:
+        show(f"All of it: {out}")
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """`steps=5`, `direction=noise`, `sites=["head.*"]`: a name and a YAML value."""
+    import yaml
+
+    from headwater.core.errors import MethodError
+
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier():
+        raise MethodError("cannot read a --set option", got=repr(text), wanted="NAME=VALUE, such as --set steps=5")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise MethodError(
+            f"cannot read the value of --set {name}",
+            got=repr(value),
+            wanted="a number, a word or a list",
+            fix=str(error),
+        ) from None

@@ -1,0 +1,108 @@
+"""trace, resume, verify, report: the whole pipeline, and what is done with its folder."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from headwater.cli.guard import resumable, say
+from headwater.cli.show import show, show_json, show_rows
+
+
+def add_to(app: typer.Typer) -> None:
+    """Put this group's commands into the application."""
+    for command in (trace, resume, verify, report):
+        app.command()(command)
+
+
+def trace(
+    behavior: Annotated[
+        str | None,
+        typer.Argument(help="A behavior's name (`headwater behavior list`) or a CSV, JSONL or Parquet file."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="An alias (`headwater models`), hub id, local folder or GGUF file.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; made if needed, gone on with if it exists.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option(min=2, help="How many pairs; the behavior's own number if not given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Everything random follows from it. [default: 0]")] = None,
+    stages: Annotated[
+        str | None, typer.Option(help="Only these stages, comma-separated, and what they need. [default: all]")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="An investigation as a YAML file; options given beside it win.")
+    ] = None,
+) -> None:
+    """Trace a behavior of a model to the mechanism behind it, test that, act on it, and write a report."""
+    from headwater.core.errors import HeadwaterError
+    from headwater.trace.investigation import Investigation
+
+    given = {"behavior": behavior, "model": model, "out": out, "n": n, "seed": seed}
+    if stages is not None:
+        given["stages"] = tuple(name.strip() for name in stages.split(",") if name.strip())
+    options = {name: value for name, value in given.items() if value is not None}
+    if config is None:
+        missing = [name for name in ("behavior", "model", "out") if name not in options]
+        if missing:
+            raise HeadwaterError(
+                f"trace lacks {' and '.join(missing)}",
+                wanted="a behavior, --model and --out, or --config with a file that gives them",
+                fix="For example: headwater trace ioi --model smollm2 --out runs/ioi",
+            )
+        investigation = Investigation(**options)
+    else:
+        investigation = Investigation.from_yaml(config, **options)
+    with resumable(Path(investigation.out)):
+        _finish(investigation.run(), Path(investigation.out))
+
+
+def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run that was interrupted.")]) -> None:
+    """Go on with an interrupted run; the result is the same as if it had never been interrupted."""
+    from headwater.trace.investigation import Investigation
+
+    with resumable(folder):
+        _finish(Investigation.resume(folder), folder)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Run every test of a run's ledger again, from what is stored; leaves with 1 if one comes out differently."""
+    from headwater.trace.verify import verify as run_again
+
+    outcome = run_again(folder)
+    rows = outcome.to_frame().to_dicts()
+    show_rows(rows, as_json=json)
+    differing = [row["id"] for row in rows if not row["same"]]
+    if differing:
+        say(f"{len(differing)} of {len(rows)} claims came out differently: {', '.join(differing)}", label="verify")
+        raise typer.Exit(1)
+    if not json:
+        show(f"All {len(rows)} claims came out as stored.")
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """Write the report of a run again, from what is stored: one HTML file that needs no network."""
+    from headwater.report import write_report
+
+    path = Path(write_report(folder))
+    if json:
+        show_json({"report": str(path)})
+    else:
+        show(f"Report: {path}")
+
+
+def _finish(_run: Any, folder: Path) -> None:
+    page = folder / "report.html"
+    show(f"Done: {folder}")
+    if page.exists():
+        show(f"Report: {page.resolve()}")
+    show(f"Run its tests again with: headwater verify {folder}")

@@ -67,5 +67,4 @@ def _setting(text: str) -> tuple[str, Any]:
             f"cannot read the value of --set {name}",
             got=repr(value),
             wanted="a number, a word or a list",
-            fix=str(error),
         ) from None

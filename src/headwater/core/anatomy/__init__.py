@@ -1,0 +1,6 @@
+"""Where each site lives inside a model: found from the model's own structure, measured, not trusted."""
+
+from headwater.core.anatomy.find import find_anatomy, is_norm
+from headwater.core.anatomy.types import Anatomy, Attention, Block, Mixer, Mlp, Port, Stack, Write, linear_weight
+
+__all__ = ["Anatomy", "Attention", "Block", "Mixer", "Mlp", "Port", "Stack", "Write", "find_anatomy", "is_norm", "linear_weight"]

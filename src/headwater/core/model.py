@@ -1,0 +1,505 @@
+"""Model: a transformers model that is read and changed at its sites, and otherwise left exactly as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from headwater.core.anatomy import Anatomy, Stack, find_anatomy
+from headwater.core.errors import InterventionError, ModelError, SiteError, did_you_mean
+from headwater.core.interventions import Intervention
+from headwater.core.places import Window
+from headwater.core.session import Kept, Session, Stopped
+from headwater.core.sites import KINDS, Site
+
+Inputs = str | Sequence[Any] | torch.Tensor | dict[str, Any]
+Logits = Literal["all", "last", "none"]
+_MAX_TOKENS_A_BATCH = 8192
+
+
+@dataclass
+class Run:
+    """What a run gave. `run["z.7.h3"]` is the captured value of a site, prompts first.
+
+    logits: [B, T, V] for "all" (a list of [T, V] where lengths differ), [B, V] for "last", None for "none".
+    tokens: one tensor of token ids a prompt. output: what the model itself returned, where everything ran in one batch.
+    """
+
+    tokens: list[torch.Tensor]
+    logits: Any = None
+    captured: list[Site] = field(default_factory=list)
+    output: Any = None
+    _values: dict[str, Any] = field(default_factory=dict)
+    _kept: list[dict[str, Kept]] = field(default_factory=list)
+
+    def __getitem__(self, site: str | Site) -> Any:
+        name = str(Site.parse(site))
+        if name in self._values:
+            return self._values[name]
+        whole = Site.parse(site)
+        stripped = str(whole.whole)
+        if stripped in self._values and isinstance(self._values[stripped], torch.Tensor):
+            from headwater.core.places import select_index, token_axis
+
+            x = self._values[stripped]
+            where = Window().locate(whole.pos, x.shape[token_axis(whole.kind)], whole) if whole.pos else slice(None)
+            return x[select_index(whole, x, where)]
+        raise SiteError(f"{name} was not captured in this run", wanted=did_you_mean(name, self._values))
+
+    def __contains__(self, site: str | Site) -> bool:
+        return str(Site.parse(site)) in self._values
+
+    def grads(self, of: torch.Tensor, sites: Sequence[str | Site] | None = None) -> dict[str, torch.Tensor]:
+        """Gradients of a scalar with respect to captured sites, in the sites' own layout. Needs `grad=True` and one batch.
+
+        The gradient of `head.L.hN` is that of the stream its write is added to.
+        """
+        if len(self._kept) != 1 or not all(kept.whole is not None for kept in self._kept[0].values()):
+            raise InterventionError(
+                "gradients need a run that was recorded", fix="model.run(..., grad=True) with prompts of one length"
+            )
+        names = [str(Site.parse(site)) for site in sites] if sites is not None else list(self._kept[0])
+        wholes = [self._kept[0][name].whole for name in names]
+        unique = list({id(w): w for w in wholes}.values())
+        found = dict(
+            zip(map(id, unique), torch.autograd.grad(of, unique, retain_graph=True, allow_unused=True), strict=True)  # type: ignore[arg-type]
+        )
+        out: dict[str, torch.Tensor] = {}
+        for name, whole in zip(names, wholes, strict=True):
+            gradient = found[id(whole)]
+            gradient = torch.zeros_like(whole) if gradient is None else gradient  # type: ignore[arg-type]
+            out[name] = self._kept[0][name].select(gradient)  # type: ignore[misc]
+        return out
+
+
+class Model:
+    """A loaded transformers model with its tokenizer and its anatomy.
+
+    With no capture and no intervention asked for, outputs are the model's own, bit for bit. The model object is never changed: hooks are
+    on only while a run or an `intervene` block lasts, and no config is touched.
+    """
+
+    def __init__(self, hf: Any, tokenizer: Any = None, *, name: str | None = None, processor: Any = None) -> None:
+        self.hf = hf
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.name = name or getattr(hf.config, "_name_or_path", "") or type(hf).__name__
+        self.anatomy: Anatomy = find_anatomy(hf)
+        self._active: list[Session] = []
+        self._lock = threading.RLock()
+        parameters = inspect.signature(hf.forward).parameters
+        self._takes = set(parameters)
+        self._takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+    # --- what it is -----------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(p.dtype for p in self.hf.parameters() if p.is_floating_point())
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.anatomy.main)
+
+    @property
+    def d_model(self) -> int:
+        return self.anatomy.main.d_model
+
+    def _attention_fact(self, name: str) -> int:
+        part = next((b.attention for b in self.anatomy.main.blocks if b.attention is not None), None)
+        if part is None:
+            raise ModelError(f"{self.name} has no attention, so it has no {name}")
+        return getattr(part, name)
+
+    @property
+    def n_heads(self) -> int:
+        return self._attention_fact("n_heads")
+
+    @property
+    def n_kv_heads(self) -> int:
+        return self._attention_fact("n_kv_heads")
+
+    @property
+    def d_head(self) -> int:
+        return self._attention_fact("d_head")
+
+    @property
+    def d_vocab(self) -> int:
+        return int(getattr(getattr(self.hf.config, "text_config", self.hf.config), "vocab_size", 0))
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest prompt, in tokens; None where the model has no such bound."""
+        config = getattr(self.hf.config, "text_config", self.hf.config)
+        for name in ("max_position_embeddings", "n_positions", "max_target_positions"):
+            if isinstance(value := getattr(config, name, None), int):
+                return value
+        return None
+
+    @property
+    def fingerprint(self) -> str:
+        """A short hash of config and weights: what a stored number was measured on."""
+        from headwater.core.loading import fingerprint
+
+        return fingerprint(self.hf)
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.anatomy.family}, {self.n_layers} layers, d_model {self.d_model}, {self.dtype}, {self.device})"
+
+    # --- sites ----------------------------------------------------------------------------------------------------------
+
+    def sites(self, pattern: str | Site = "*") -> list[Site]:
+        """The whole sites (no head, no position) that this model has, or those of them that a pattern means."""
+        found: list[Site] = []
+        for prefix, stack in self.anatomy.stacks.items():
+            found.append(Site("embed", stack=prefix))
+            for block in stack.blocks:
+                found += [Site(k, block.index, stack=prefix) for k, yes in self.anatomy.kinds(stack, block).items() if yes]
+        if self.anatomy.has_logits:
+            found.append(Site("logits"))
+        return found if pattern == "*" else [site for site in found if site.matches(Site.parse(pattern).whole)]
+
+    def resolve(self, pattern: str | Site) -> list[Site]:
+        """The concrete sites that a site or pattern means in this model, with head, expert and position kept. Raises if there is none."""
+        wanted = Site.parse(pattern)
+        main = self.anatomy.main.prefix
+        if not wanted.stack and main and wanted.kind != "logits":
+            # An unprefixed site of a model with several stacks is one of its main stack.
+            wanted = Site(wanted.kind, wanted.layer, wanted.head, wanted.expert, wanted.pos, main)
+        whole = wanted.whole
+        known = self.sites()
+        matches = [site for site in known if site.matches(whole)] if whole.is_pattern else [s for s in known if s == whole]
+        if not matches:
+            raise self._no_such_site(wanted)
+        found: list[Site] = []
+        for site in matches:
+            heads: list[Any] = [wanted.head]
+            if wanted.head == "*":
+                heads = list(range(self._n_heads_at(site)))
+            found += [Site(site.kind, site.layer, head, wanted.expert, wanted.pos, site.stack) for head in heads]
+        for site in found:
+            if isinstance(site.head, int) and site.head >= self._n_heads_at(site):
+                raise SiteError(
+                    f"{site} names a head that {self.name} does not have", got=f"h{site.head}", wanted=f"h0 to h{self._n_heads_at(site) - 1}"
+                )
+        return found
+
+    def _stack(self, site: Site) -> Stack:
+        return self.anatomy.stacks[site.stack]
+
+    def _n_heads_at(self, site: Site) -> int:
+        block = self._stack(site).blocks[int(site.layer or 0)]
+        part = block.cross if site.kind.startswith("cross_") else block.attention
+        if part is None:
+            return 0
+        return part.n_kv_heads if site.kind.removeprefix("cross_") in ("k", "v") else part.n_heads
+
+    def _no_such_site(self, site: Site) -> SiteError:
+        known = self.sites()
+        prefix = f"{site.stack}/" if site.stack else ""
+        if site.stack not in self.anatomy.stacks and site.kind != "logits":
+            return SiteError(f"{self.name} has no stack {site.stack!r}", wanted=did_you_mean(site.stack, self.anatomy.stacks))
+        kinds = sorted({s.kind for s in known if s.stack == site.stack} | {s.kind for s in known if s.kind == "logits"})
+        if site.kind not in kinds and site.kind in KINDS:
+            why = self.anatomy.refused.get(prefix + site.kind)
+            order = self._stack(site).blocks[0].order if site.stack in self.anatomy.stacks else ""
+            if why is None and site.kind == "resid_mid" and order == "parallel":
+                why = "its attention and MLP read the stream side by side, so there is no stream between them"
+            if why is None and order == "mixer":
+                why = "it has no attention: its sites are resid_pre, resid_post, mixer_in and mixer_out"
+            fix = f"Reason: {why}" if why else None
+            return SiteError(f"{self.name} ({self.anatomy.family}) has no site {site}", wanted=f"kinds: {', '.join(kinds)}", fix=fix)
+        layers = len(self._stack(site))
+        if isinstance(site.layer, int) and site.layer >= layers:
+            return SiteError(f"{self.name} has no layer {site.layer}, asked for in {site}", wanted=f"0 to {layers - 1}")
+        return SiteError(f"{self.name} has no site {site}", wanted=did_you_mean(str(site), map(str, known)))
+
+    # --- inputs ---------------------------------------------------------------------------------------------------------
+
+    def tokens(self, prompts: Any) -> list[torch.Tensor]:
+        """Token ids, one tensor [T] a prompt: the tokenizer's own (nothing is prepended that it does not prepend itself)."""
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        if isinstance(prompts, torch.Tensor):
+            rows = prompts[None] if prompts.ndim == 1 else prompts
+            return self._checked([row.to(self.device) for row in rows])
+        prompts = list(prompts)
+        if not prompts:
+            raise ModelError("no prompts were given", wanted="a string, strings, token ids or a dict of inputs")
+        if isinstance(prompts[0], int):
+            prompts = [prompts]
+        if isinstance(prompts[0], str):
+            if self.tokenizer is None:
+                raise ModelError(f"{self.name} has no tokenizer", got="text", fix="Pass token ids, or load with tokenizer=")
+            prompts = self.tokenizer(prompts)["input_ids"]
+        return self._checked([torch.as_tensor(ids, dtype=torch.long, device=self.device) for ids in prompts])
+
+    def _checked(self, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
+        for number, ids in enumerate(tokens):
+            if ids.numel() == 0:
+                raise ModelError(f"prompt {number} has no tokens")
+            if self.max_length is not None and len(ids) > self.max_length:
+                raise ModelError(
+                    f"prompt {number} is longer than the context of {self.name}",
+                    got=f"{len(ids)} tokens",
+                    wanted=f"at most {self.max_length}",
+                    fix="Shorten it",
+                )
+        return tokens
+
+    # --- running --------------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        inputs: Inputs,
+        *,
+        capture: str | Site | Sequence[str | Site] = (),
+        logits: Logits = "all",
+        grad: bool = False,
+        interventions: Sequence[Intervention] = (),
+        positions: dict[str, torch.Tensor] | None = None,
+        stop_after: str | Site | None = None,
+        batch_size: int | None = None,
+    ) -> Run:
+        """Run prompts and keep what is asked for.
+
+        inputs: text, texts, token ids, or a dict of the model's own inputs (then as one batch, untouched). capture: sites or patterns.
+        logits: "all" positions, the "last" one only, or "none" (then the forward ends at the last layer that is needed). grad: record for
+        autograd, with weights frozen and the stream entering the first block as the leaf; otherwise everything runs in inference mode.
+        positions: named positions, one index a prompt. stop_after: a site after whose layer the forward ends. Prompts of several lengths
+        run in groups of equal length, so nothing is padded; results come back in the given order.
+
+        Raises SiteError for a site that this model lacks, or an intervention that never fired.
+        """
+        wanted = [capture] if isinstance(capture, str | Site) else list(capture)
+        sites = list(dict.fromkeys(site for pattern in wanted for site in self.resolve(pattern)))
+        if grad and any(site.kind in ("head", "cross_head") for site in sites) and any(i.site.kind == "head" for i in interventions):
+            raise InterventionError("gradients of heads that are also changed are not defined", fix="Capture z instead")
+        if logits not in ("all", "last", "none"):
+            raise ModelError("unknown choice of logits", got=repr(logits), wanted='"all", "last" or "none"')
+        active = [i for session in self._active[-1:] for i in session.interventions]
+        concrete = [*active, *self._concrete(interventions)]
+        stop = self._stop(sites, stop_after, logits)
+        batches = self._batches(inputs, batch_size)
+        n_prompts = sum(len(rows) for rows, _, _ in batches)
+        named = {name: torch.as_tensor(index) for name, index in (positions or {}).items()}
+        for name, index in named.items():
+            if len(index) != n_prompts:
+                raise InterventionError(f"named position {name!r} does not fit the prompts", got=f"{len(index)} indices", wanted=n_prompts)
+
+        parts: list[tuple[list[int], dict[str, Kept], Any, Any]] = []
+        fired: set[int] = set()
+        with self._lock, self._suspended():
+            for rows, arguments, length in batches:
+                window = Window(torch.tensor(rows), n_prompts, length, named=named)
+                session = Session(self.hf, self.anatomy, sites, concrete, window, grad=grad, leaf=grad, stop=stop)
+                output = self._forward(session, arguments, logits, grad)
+                fired |= session.fired
+                parts.append((rows, session.kept, self._logits_of(output, logits), output))
+        self._check_fired(concrete, fired, sites, parts)
+        return self._merge(inputs, batches, parts, sites, logits)
+
+    def _concrete(self, interventions: Sequence[Intervention]) -> list[Intervention]:
+        return [i.at(site) for i in interventions for site in self.resolve(i.site)]
+
+    def _forward(self, session: Session, arguments: dict[str, Any], logits: Logits, grad: bool) -> Any:
+        mode = _frozen(self.hf) if grad else torch.inference_mode()
+        was_training = self.hf.training
+        if was_training:
+            self.hf.eval()
+        try:
+            with mode, session.installed():
+                if logits == "last" and "logits_to_keep" in self._takes:
+                    arguments = {**arguments, "logits_to_keep": 1}
+                if "use_cache" in self._takes and "use_cache" not in arguments:
+                    arguments = {**arguments, "use_cache": False}
+                return self.hf(**arguments)
+        except Stopped:
+            return None
+        finally:
+            if was_training:
+                self.hf.train()
+
+    def _logits_of(self, output: Any, logits: Logits) -> torch.Tensor | None:
+        found = getattr(output, "logits", None) if output is not None and logits != "none" else None
+        if not isinstance(found, torch.Tensor):
+            return None
+        return found[:, -1] if logits == "last" and found.ndim == 3 else found
+
+    def _stop(self, sites: list[Site], stop_after: str | Site | None, logits: Logits) -> tuple[str, int] | None:
+        main = self.anatomy.main.prefix
+        if stop_after is not None:
+            site = self.resolve(stop_after)[-1]
+            return (site.stack, int(site.layer or 0))
+        if logits != "none" or any(site.kind == "logits" or site.stack != main for site in sites):
+            return None
+        # Nothing was asked for: the whole stack runs, but the unembedding does not.
+        return (main, max((int(s.layer or 0) for s in sites), default=len(self.anatomy.main) - 1))
+
+    def _batches(self, inputs: Inputs, batch_size: int | None) -> list[tuple[list[int], dict[str, Any], int | None]]:
+        """(rows, keyword arguments of the forward, prompt length) of each batch; batches hold prompts of one length."""
+        if isinstance(inputs, dict):
+            main = inputs.get("decoder_input_ids", inputs.get(getattr(self.hf, "main_input_name", "input_ids")))
+            main = next((x for x in inputs.values() if isinstance(x, torch.Tensor)), None) if main is None else main
+            if main is None:
+                raise ModelError("the inputs hold no tensor", got=list(inputs))
+            moved = {k: v.to(self.device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+            return [(list(range(len(main))), moved, None)]
+        if self.hf.config.is_encoder_decoder or getattr(self.hf, "main_input_name", "input_ids") != "input_ids":
+            raise ModelError(
+                f"{self.name} takes more than a prompt", fix="Pass a dict of the model's own inputs (such as input_ids and decoder_input_ids)"
+            )
+        tokens = self.tokens(inputs)
+        lengths: dict[int, list[int]] = defaultdict(list)
+        for row, ids in enumerate(tokens):
+            lengths[len(ids)].append(row)
+        batches: list[tuple[list[int], dict[str, Any], int | None]] = []
+        for length, rows in lengths.items():
+            size = batch_size or max(1, _MAX_TOKENS_A_BATCH // length)
+            for start in range(0, len(rows), size):
+                some = rows[start : start + size]
+                batches.append((some, {"input_ids": torch.stack([tokens[row] for row in some])}, length))
+        return batches
+
+    def _check_fired(self, interventions: list[Intervention], fired: set[int], sites: list[Site], parts: list[Any]) -> None:
+        for intervention in interventions:
+            if id(intervention) not in fired:
+                raise SiteError(f"{intervention} never fired", fix="The forward did not reach its site, or none of its positions")
+        for site in sites:
+            if not all(str(site) in kept for _, kept, _, _ in parts):
+                raise SiteError(f"{site} was captured nowhere", fix="The forward did not reach it")
+
+    def _merge(self, inputs: Inputs, batches: list[Any], parts: list[Any], sites: list[Site], logits: Logits) -> Run:
+        tokens: list[Any] = [None] * sum(len(rows) for rows, _, _ in batches)
+        for rows, arguments, _ in batches:
+            ids = arguments.get("decoder_input_ids", arguments.get("input_ids"))
+            for place, row in enumerate(rows):
+                tokens[row] = ids[place] if isinstance(ids, torch.Tensor) else None
+        run = Run(tokens, captured=sites, output=parts[0][3] if len(parts) == 1 else None)
+        run._kept = [kept for _, kept, _, _ in parts]
+        for site in sites:
+            run._values[str(site)] = _in_order([(rows, kept[str(site)].value) for rows, kept, _, _ in parts])
+        if all(found is not None for _, _, found, _ in parts):
+            run.logits = _in_order([(rows, found) for rows, _, found, _ in parts])
+        return run
+
+    # --- intervening ----------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def intervene(self, *interventions: Intervention, positions: dict[str, torch.Tensor] | None = None) -> Iterator[Model]:
+        """Inside this block the interventions hold, for `run`, `generate` and calls of the model itself. Blocks nest; the inner one adds."""
+        outer = self._active[-1].interventions if self._active else []
+        concrete = [*outer, *self._concrete(interventions)]
+        window = Window(open_ended=True, named={k: torch.as_tensor(v) for k, v in (positions or {}).items()})
+        session = Session(self.hf, self.anatomy, [], concrete, window)
+        with self._lock, self._suspended(), session.installed():
+            self._active.append(session)
+            try:
+                yield self
+            finally:
+                self._active.pop()
+        if session.forwards:
+            self._check_fired(concrete, session.fired, [], [])
+
+    @contextlib.contextmanager
+    def _suspended(self) -> Iterator[None]:
+        """Hooks of the enclosing `intervene` blocks rest: what runs inside carries their interventions itself."""
+        before = [session.enabled for session in self._active]
+        for session in self._active:
+            session.enabled = False
+        try:
+            yield
+        finally:
+            for session, enabled in zip(self._active, before, strict=False):
+                session.enabled = enabled
+
+    def generate(
+        self,
+        prompts: str | Sequence[Any] | torch.Tensor,
+        *,
+        max_new_tokens: int = 20,
+        interventions: Sequence[Intervention] = (),
+        positions: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The continuation of a prompt (a list of them for several), greedy unless told otherwise (`do_sample=True`, `temperature=` ...).
+
+        Positions of interventions are absolute and hold under the key/value cache: `@3` is the prompt's fourth token in every step.
+        Returns text, or lists of token ids where there is no tokenizer.
+        """
+        from transformers import GenerationConfig
+
+        tokens = self.tokens(prompts)
+        single = isinstance(prompts, str) or (isinstance(prompts, torch.Tensor) and prompts.ndim == 1)
+        own = self.hf.generation_config
+        pad = own.pad_token_id if own.pad_token_id is not None else (own.eos_token_id or 0)
+        settings = {
+            "do_sample": False,
+            "max_new_tokens": max_new_tokens,
+            "eos_token_id": own.eos_token_id,
+            "bos_token_id": own.bos_token_id,
+            "pad_token_id": pad[0] if isinstance(pad, list) else pad,
+        }
+        config = GenerationConfig(**{**settings, **kwargs})
+        outer = self._active[-1].interventions if self._active else []
+        concrete = [*outer, *self._concrete(interventions)]
+        named = {k: torch.as_tensor(v) for k, v in (positions or {}).items()}
+        out: list[Any] = [None] * len(tokens)
+        fired: set[int] = set()
+        lengths: dict[int, list[int]] = defaultdict(list)
+        for row, ids in enumerate(tokens):
+            lengths[len(ids)].append(row)
+        for length, rows in lengths.items():
+            ids = torch.stack([tokens[row] for row in rows])
+            window = Window(torch.tensor(rows), len(tokens), length, open_ended=True, named=named)
+            session = Session(self.hf, self.anatomy, [], concrete, window)
+            with self._lock, self._suspended(), torch.inference_mode(), session.installed():
+                done = self.hf.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            fired |= session.fired
+            for row, sequence in zip(rows, done, strict=True):
+                new = sequence[length:]
+                out[row] = new.tolist() if self.tokenizer is None else self.tokenizer.decode(new, skip_special_tokens=True)
+        self._check_fired(concrete, fired, [], [])
+        for session in self._active:
+            session.fired |= fired
+        return out[0] if single else out
+
+
+def _in_order(parts: list[tuple[list[int], torch.Tensor]]) -> Any:
+    """Put batches back into the order of the prompts: one tensor where shapes agree, else a list."""
+    if len(parts) == 1 and parts[0][0] == sorted(parts[0][0]):
+        return parts[0][1]
+    rows = [row for some, _ in parts for row in some]
+    if len({value.shape[1:] for _, value in parts}) == 1:
+        joined = torch.cat([value for _, value in parts])
+        return joined[torch.argsort(torch.tensor(rows, device=joined.device))]
+    out: list[Any] = [None] * len(rows)
+    for some, value in parts:
+        for place, row in enumerate(some):
+            out[row] = value[place]
+    return out
+
+
+@contextlib.contextmanager
+def _frozen(hf: Any) -> Iterator[None]:
+    """No gradient of a weight: they are not asked for, and would cost as much again."""
+    asked = [p for p in hf.parameters() if p.requires_grad]
+    for parameter in asked:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in asked:
+            parameter.requires_grad_(True)

@@ -1,6 +1,7 @@
 """What a failure looks like: one paragraph and an exit code, never a traceback for a mistake that can be mended."""
 
 import errno
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,7 +73,7 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        command = f"headwater resume {folder}"
+        command = shlex.join(["headwater", "resume", str(folder)])
         raise KeyboardInterrupt(f"Every finished stage is stored in {folder}; go on with: {command}") from None
 
 

@@ -13,7 +13,7 @@ from headwater.core.errors import MethodError
 from headwater.core.results import Provenance, Result, register_result
 from headwater.localize import mib
 from headwater.localize.graph import Graph, head_of
-from headwater.localize.selection import Rank, nodes_in, select
+from headwater.localize.selection import Rank, nodes_in, prune, select
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
@@ -148,14 +148,12 @@ class Circuit(Result):
         )
 
     def without(self, *nodes: str) -> "Circuit":
-        """The circuit without these nodes: their edges out, and the edges into them that nobody else reads."""
+        """The circuit without these nodes, and without what only they connected (which has no effect any more)."""
         graph = self.graph
         gone = torch.zeros(len(graph.sources), dtype=torch.bool)
         for name in nodes:
             gone[graph.source(name)] = True
-        still_read = ((~gone).float() @ graph.owners.float()) > 0
-        still_read[-1] = True
-        mask = self.mask & ~gone[:, None] & still_read[None, :]
+        mask = prune(graph, self.mask & ~gone[:, None])
         return Circuit.build(graph, mask, self.scores, model=self._model, method=str(self.facts["method"]))
 
     def resized(

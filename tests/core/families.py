@@ -22,7 +22,9 @@ def _clip() -> Any:
 
 FAMILIES: dict[str, Callable[[], Any]] = {
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64)),
-    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SMALL, intermediate_size=48, max_position_embeddings=64)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(
+        tf.GPTNeoXConfig(**SMALL, intermediate_size=48, max_position_embeddings=64)
+    ),
     "gptj": lambda: tf.GPTJForCausalLM(
         tf.GPTJConfig(vocab_size=61, n_embd=32, n_layer=3, n_head=4, n_positions=64, rotary_dim=4)
     ),
@@ -39,7 +41,9 @@ FAMILIES: dict[str, Callable[[], Any]] = {
         tf.Qwen3MoeConfig(**GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
     ),
     "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**GROUPED, head_dim=8)),
-    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(
+        tf.Gemma2Config(**GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8)
+    ),
     "gemma3": lambda: tf.Gemma3ForCausalLM(
         tf.Gemma3TextConfig(**GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=8)
     ),
@@ -47,39 +51,77 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "olmo2": lambda: tf.Olmo2ForCausalLM(tf.Olmo2Config(**GROUPED)),
     "stablelm": lambda: tf.StableLmForCausalLM(tf.StableLmConfig(**GROUPED)),
     "granite": lambda: tf.GraniteForCausalLM(
-        tf.GraniteConfig(**GROUPED, residual_multiplier=0.22, embedding_multiplier=12.0, attention_multiplier=0.1, logits_scaling=8.0)
+        tf.GraniteConfig(
+            **GROUPED, residual_multiplier=0.22, embedding_multiplier=12.0, attention_multiplier=0.1, logits_scaling=8.0
+        )
     ),
     "gpt_oss": lambda: tf.GptOssForCausalLM(tf.GptOssConfig(**MOE, head_dim=8, sliding_window=8)),
     "bert": lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL, intermediate_size=48, max_position_embeddings=64)),
     "modernbert": lambda: tf.ModernBertForMaskedLM(
         tf.ModernBertConfig(
-            **SMALL, intermediate_size=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            cls_token_id=1, sep_token_id=2,
+            **SMALL,
+            intermediate_size=48,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            cls_token_id=1,
+            sep_token_id=2,
         )
     ),
     "t5": lambda: tf.T5ForConditionalGeneration(
         tf.T5Config(
-            vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=3, num_heads=4, decoder_start_token_id=0, pad_token_id=0
+            vocab_size=61,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=3,
+            num_heads=4,
+            decoder_start_token_id=0,
+            pad_token_id=0,
         )
     ),
     "whisper": lambda: tf.WhisperForConditionalGeneration(
         tf.WhisperConfig(
-            vocab_size=61, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-            encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=10, max_target_positions=32,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3,
+            vocab_size=61,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            num_mel_bins=8,
+            max_source_positions=10,
+            max_target_positions=32,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=3,
         )
     ),
     "vit": lambda: tf.ViTForImageClassification(
-        tf.ViTConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=8)
+        tf.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_size=16,
+            patch_size=8,
+        )
     ),
     "clip": _clip,
 }
 """The 25 families of the promise."""
 
 MORE: dict[str, Callable[[], Any]] = {
-    "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=3, state_size=4)),
+    "mamba": lambda: tf.MambaForCausalLM(
+        tf.MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=3, state_size=4)
+    ),
     "opt_post_norm": lambda: tf.OPTForCausalLM(
-        tf.OPTConfig(**SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False)
+        tf.OPTConfig(
+            **SMALL, ffn_dim=48, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False
+        )
     ),
     "neox_sequential": lambda: tf.GPTNeoXForCausalLM(
         tf.GPTNeoXConfig(**SMALL, intermediate_size=48, max_position_embeddings=64, use_parallel_residual=False)
@@ -92,6 +134,8 @@ def build(name: str, dtype: torch.dtype = torch.float64) -> Any:
     """A seeded random model; weights are made large enough that every part matters."""
     torch.manual_seed(0)
     hf = (FAMILIES | MORE)[name]().to(dtype).eval()
+    if dtype == torch.float64 and hasattr(hf.config, "_experts_implementation"):
+        hf.config._experts_implementation = "eager"  # the fused kernels know no float64
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in hf.parameters():

@@ -38,10 +38,14 @@ def eager_of(module: nn.Module) -> Callable[..., Any] | None:
 
 
 def _dispatcher(name: str) -> Callable[..., Any]:
-    def dispatch(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def dispatch(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
         original = _originals.get(name) or eager_of(module)
         if original is None:
-            raise SiteError(f"{type(module).__name__} names the attention {name!r}, but its file defines no such function")
+            raise SiteError(
+                f"{type(module).__name__} names the attention {name!r}, but its file defines no such function"
+            )
         handlers = _handlers.get(id(module))
         if not handlers:
             return original(module, query, key, value, *args, **kwargs)
@@ -95,7 +99,9 @@ def method_session(handlers: dict[nn.Module, Handler], methods: dict[nn.Module, 
             name = methods[module]
             own = getattr(module, name)
 
-            def original(_module: nn.Module, q: Any, k: Any, v: Any, mask: Any = None, *, own: Any = own, **kwargs: Any) -> Any:
+            def original(
+                _module: nn.Module, q: Any, k: Any, v: Any, mask: Any = None, *, own: Any = own, **kwargs: Any
+            ) -> Any:
                 out, weights = own(q, k, v, mask, **kwargs)
                 return out.transpose(1, 2), weights
 
@@ -165,9 +171,14 @@ def attend_plainly(
         with _AtSoftmax(k.shape[-2], edit_scores) as mode:
             out, pattern = plain(module, q, k, v, mask, **kwargs)
         if not mode.seen:
-            raise SiteError(f"the attention of {type(module).__name__} calls no softmax", fix="scores cannot be read here; pattern can")
+            raise SiteError(
+                f"the attention of {type(module).__name__} calls no softmax",
+                fix="scores cannot be read here; pattern can",
+            )
     if pattern is None:
-        raise SiteError(f"the attention of {type(module).__name__} returns no weights", fix="Sites pattern and scores are not there")
+        raise SiteError(
+            f"the attention of {type(module).__name__} returns no weights", fix="Sites pattern and scores are not there"
+        )
     return out, pattern
 
 

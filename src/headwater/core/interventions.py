@@ -95,7 +95,9 @@ def _fit(value: torch.Tensor, x: torch.Tensor, what: Intervention) -> torch.Tens
         return value.expand_as(x)
     except RuntimeError:
         raise InterventionError(
-            f"{what}: the value does not fit the place", got=f"shape {list(value.shape)}", wanted=f"something that broadcasts to {list(x.shape)}"
+            f"{what}: the value does not fit the place",
+            got=f"shape {list(value.shape)}",
+            wanted=f"something that broadcasts to {list(x.shape)}",
         ) from None
 
 
@@ -162,7 +164,12 @@ def swap_subspace(site: str | Site, source: Any, directions: Any, *, positions: 
 
 
 def clamp(
-    site: str | Site, *, low: float | None = None, high: float | None = None, direction: Any = None, positions: Where = None
+    site: str | Site,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    direction: Any = None,
+    positions: Where = None,
 ) -> Intervention:
     """Keep a site's values, or their component along one direction, within [low, high]."""
     if low is None and high is None:
@@ -176,7 +183,8 @@ def freeze(site: str | Site, run: Run, *, positions: Where = None) -> Interventi
     held = {str(s): run[s] for s in run.captured if s.pos is None and s.head is None and s.matches(parsed)}
     if not held:
         raise InterventionError(
-            f"cannot freeze {parsed}: the run captured nothing of it", got=", ".join(map(str, run.captured)) or "no captures", fix=f"Run with capture=[{str(parsed)!r}]"
+            f"cannot freeze {parsed}: the run captured nothing of it",
+            got=", ".join(map(str, run.captured)) or "no captures",
+            fix=f"Run with capture=[{str(parsed)!r}]",
         )
     return Intervention(site=parsed, op="replace", positions=positions, label=f"freeze({parsed})", _by_site=held)
-

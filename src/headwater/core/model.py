@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 
 from headwater.core.anatomy import Anatomy, Stack, find_anatomy
+from headwater.core.anatomy.check import check_sites
 from headwater.core.errors import InterventionError, ModelError, SiteError, did_you_mean
 from headwater.core.interventions import Intervention
 from headwater.core.places import Window
@@ -94,9 +95,8 @@ class Model:
         self.anatomy: Anatomy = find_anatomy(hf)
         self._active: list[Session] = []
         self._lock = threading.RLock()
-        parameters = inspect.signature(hf.forward).parameters
-        self._takes = set(parameters)
-        self._takes_anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._takes = set(inspect.signature(hf.forward).parameters)
+        check_sites(self)
 
     # --- what it is -----------------------------------------------------------------------------------------------------
 
@@ -150,7 +150,7 @@ class Model:
     @property
     def fingerprint(self) -> str:
         """A short hash of config and weights: what a stored number was measured on."""
-        from headwater.core.loading import fingerprint
+        from headwater.core.fingerprint import fingerprint
 
         return fingerprint(self.hf)
 
@@ -165,7 +165,9 @@ class Model:
         for prefix, stack in self.anatomy.stacks.items():
             found.append(Site("embed", stack=prefix))
             for block in stack.blocks:
-                found += [Site(k, block.index, stack=prefix) for k, yes in self.anatomy.kinds(stack, block).items() if yes]
+                found += [
+                    Site(k, block.index, stack=prefix) for k, yes in self.anatomy.kinds(stack, block).items() if yes
+                ]
         if self.anatomy.has_logits:
             found.append(Site("logits"))
         return found if pattern == "*" else [site for site in found if site.matches(Site.parse(pattern).whole)]
@@ -179,7 +181,9 @@ class Model:
             wanted = Site(wanted.kind, wanted.layer, wanted.head, wanted.expert, wanted.pos, main)
         whole = wanted.whole
         known = self.sites()
-        matches = [site for site in known if site.matches(whole)] if whole.is_pattern else [s for s in known if s == whole]
+        matches = (
+            [site for site in known if site.matches(whole)] if whole.is_pattern else [s for s in known if s == whole]
+        )
         if not matches:
             raise self._no_such_site(wanted)
         found: list[Site] = []
@@ -191,7 +195,9 @@ class Model:
         for site in found:
             if isinstance(site.head, int) and site.head >= self._n_heads_at(site):
                 raise SiteError(
-                    f"{site} names a head that {self.name} does not have", got=f"h{site.head}", wanted=f"h0 to h{self._n_heads_at(site) - 1}"
+                    f"{site} names a head that {self.name} does not have",
+                    got=f"h{site.head}",
+                    wanted=f"h0 to h{self._n_heads_at(site) - 1}",
                 )
         return found
 
@@ -209,7 +215,9 @@ class Model:
         known = self.sites()
         prefix = f"{site.stack}/" if site.stack else ""
         if site.stack not in self.anatomy.stacks and site.kind != "logits":
-            return SiteError(f"{self.name} has no stack {site.stack!r}", wanted=did_you_mean(site.stack, self.anatomy.stacks))
+            return SiteError(
+                f"{self.name} has no stack {site.stack!r}", wanted=did_you_mean(site.stack, self.anatomy.stacks)
+            )
         kinds = sorted({s.kind for s in known if s.stack == site.stack} | {s.kind for s in known if s.kind == "logits"})
         if site.kind not in kinds and site.kind in KINDS:
             why = self.anatomy.refused.get(prefix + site.kind)
@@ -219,7 +227,9 @@ class Model:
             if why is None and order == "mixer":
                 why = "it has no attention: its sites are resid_pre, resid_post, mixer_in and mixer_out"
             fix = f"Reason: {why}" if why else None
-            return SiteError(f"{self.name} ({self.anatomy.family}) has no site {site}", wanted=f"kinds: {', '.join(kinds)}", fix=fix)
+            return SiteError(
+                f"{self.name} ({self.anatomy.family}) has no site {site}", wanted=f"kinds: {', '.join(kinds)}", fix=fix
+            )
         layers = len(self._stack(site))
         if isinstance(site.layer, int) and site.layer >= layers:
             return SiteError(f"{self.name} has no layer {site.layer}, asked for in {site}", wanted=f"0 to {layers - 1}")
@@ -241,7 +251,9 @@ class Model:
             prompts = [prompts]
         if isinstance(prompts[0], str):
             if self.tokenizer is None:
-                raise ModelError(f"{self.name} has no tokenizer", got="text", fix="Pass token ids, or load with tokenizer=")
+                raise ModelError(
+                    f"{self.name} has no tokenizer", got="text", fix="Pass token ids, or load with tokenizer="
+                )
             prompts = self.tokenizer(prompts)["input_ids"]
         return self._checked([torch.as_tensor(ids, dtype=torch.long, device=self.device) for ids in prompts])
 
@@ -284,7 +296,11 @@ class Model:
         """
         wanted = [capture] if isinstance(capture, str | Site) else list(capture)
         sites = list(dict.fromkeys(site for pattern in wanted for site in self.resolve(pattern)))
-        if grad and any(site.kind in ("head", "cross_head") for site in sites) and any(i.site.kind == "head" for i in interventions):
+        if (
+            grad
+            and any(site.kind in ("head", "cross_head") for site in sites)
+            and any(i.site.kind == "head" for i in interventions)
+        ):
             raise InterventionError("gradients of heads that are also changed are not defined", fix="Capture z instead")
         if logits not in ("all", "last", "none"):
             raise ModelError("unknown choice of logits", got=repr(logits), wanted='"all", "last" or "none"')
@@ -296,7 +312,9 @@ class Model:
         named = {name: torch.as_tensor(index) for name, index in (positions or {}).items()}
         for name, index in named.items():
             if len(index) != n_prompts:
-                raise InterventionError(f"named position {name!r} does not fit the prompts", got=f"{len(index)} indices", wanted=n_prompts)
+                raise InterventionError(
+                    f"named position {name!r} does not fit the prompts", got=f"{len(index)} indices", wanted=n_prompts
+                )
 
         parts: list[tuple[list[int], dict[str, Kept], Any, Any]] = []
         fired: set[int] = set()
@@ -344,6 +362,8 @@ class Model:
             return (site.stack, int(site.layer or 0))
         if logits != "none" or any(site.kind == "logits" or site.stack != main for site in sites):
             return None
+        if len(self.anatomy.stacks) > 1 and not sites:
+            return None
         # Nothing was asked for: the whole stack runs, but the unembedding does not.
         return (main, max((int(s.layer or 0) for s in sites), default=len(self.anatomy.main) - 1))
 
@@ -358,7 +378,8 @@ class Model:
             return [(list(range(len(main))), moved, None)]
         if self.hf.config.is_encoder_decoder or getattr(self.hf, "main_input_name", "input_ids") != "input_ids":
             raise ModelError(
-                f"{self.name} takes more than a prompt", fix="Pass a dict of the model's own inputs (such as input_ids and decoder_input_ids)"
+                f"{self.name} takes more than a prompt",
+                fix="Pass a dict of the model's own inputs (such as input_ids and decoder_input_ids)",
             )
         tokens = self.tokens(inputs)
         lengths: dict[int, list[int]] = defaultdict(list)
@@ -372,10 +393,14 @@ class Model:
                 batches.append((some, {"input_ids": torch.stack([tokens[row] for row in some])}, length))
         return batches
 
-    def _check_fired(self, interventions: list[Intervention], fired: set[int], sites: list[Site], parts: list[Any]) -> None:
+    def _check_fired(
+        self, interventions: list[Intervention], fired: set[int], sites: list[Site], parts: list[Any]
+    ) -> None:
         for intervention in interventions:
             if id(intervention) not in fired:
-                raise SiteError(f"{intervention} never fired", fix="The forward did not reach its site, or none of its positions")
+                raise SiteError(
+                    f"{intervention} never fired", fix="The forward did not reach its site, or none of its positions"
+                )
         for site in sites:
             if not all(str(site) in kept for _, kept, _, _ in parts):
                 raise SiteError(f"{site} was captured nowhere", fix="The forward did not reach it")
@@ -397,7 +422,9 @@ class Model:
     # --- intervening ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def intervene(self, *interventions: Intervention, positions: dict[str, torch.Tensor] | None = None) -> Iterator[Model]:
+    def intervene(
+        self, *interventions: Intervention, positions: dict[str, torch.Tensor] | None = None
+    ) -> Iterator[Model]:
         """Inside this block the interventions hold, for `run`, `generate` and calls of the model itself. Blocks nest; the inner one adds."""
         outer = self._active[-1].interventions if self._active else []
         concrete = [*outer, *self._concrete(interventions)]
@@ -469,7 +496,9 @@ class Model:
             fired |= session.fired
             for row, sequence in zip(rows, done, strict=True):
                 new = sequence[length:]
-                out[row] = new.tolist() if self.tokenizer is None else self.tokenizer.decode(new, skip_special_tokens=True)
+                out[row] = (
+                    new.tolist() if self.tokenizer is None else self.tokenizer.decode(new, skip_special_tokens=True)
+                )
         self._check_fired(concrete, fired, [], [])
         for session in self._active:
             session.fired |= fired

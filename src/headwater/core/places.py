@@ -60,18 +60,31 @@ class Window:
             stop = self.offset + n_tokens if where.stop is None else where.stop + (length if where.stop < 0 else 0)
             first, last = max(start - self.offset, 0), min(stop - self.offset, n_tokens)
             return slice(first, last) if first < last else None
-        if isinstance(where, torch.Tensor) and where.ndim == 1 and self.n_prompts is not None and len(where) == self.n_prompts:
+        if (
+            isinstance(where, torch.Tensor)
+            and where.ndim == 1
+            and self.n_prompts is not None
+            and len(where) == self.n_prompts
+        ):
             return self._per_prompt(where, length, n_tokens, what)
         if isinstance(where, list | tuple | torch.Tensor):
             places = [self._absolute(int(p), length, what) - self.offset for p in where]
             inside = [p for p in places if 0 <= p < n_tokens]
             return torch.tensor(inside) if inside else None
-        raise InterventionError(f"{what}: cannot read the positions", got=repr(where), wanted="an index, a slice, a list, a name, prompt, decode or all")
+        raise InterventionError(
+            f"{what}: cannot read the positions",
+            got=repr(where),
+            wanted="an index, a slice, a list, a name, prompt, decode or all",
+        )
 
     def _absolute(self, position: int, length: int, what: object) -> int:
         absolute = position + length if position < 0 else position
         if absolute < 0 or (absolute >= length and not self.open_ended):
-            raise InterventionError(f"{what}: no such position", got=position, wanted=f"-{length} to {length - 1}: the prompt has {length} tokens")
+            raise InterventionError(
+                f"{what}: no such position",
+                got=position,
+                wanted=f"-{length} to {length - 1}: the prompt has {length} tokens",
+            )
         return absolute
 
     def _named(self, name: str, what: object) -> torch.Tensor:
@@ -84,7 +97,9 @@ class Window:
         columns = where if self.rows is None else where[self.rows.to(where.device)]
         columns = torch.where(columns < 0, columns + length, columns)
         if bool((columns < 0).any()) or (not self.open_ended and bool((columns >= length).any())):
-            raise InterventionError(f"{what}: a position lies outside its prompt", got=columns.tolist(), wanted=f"0 to {length - 1}")
+            raise InterventionError(
+                f"{what}: a position lies outside its prompt", got=columns.tolist(), wanted=f"0 to {length - 1}"
+            )
         columns = columns - self.offset
         rows = torch.arange(len(columns))
         inside = (columns >= 0) & (columns < n_tokens)
@@ -97,7 +112,9 @@ def select_index(site: Site, x: torch.Tensor, where: Any) -> tuple[Any, ...]:
     if site.head is not None:
         axis = head_axis(site.kind)
         if axis is None or not isinstance(site.head, int) or site.head >= x.shape[axis]:
-            raise SiteError(f"{site} names a head that is not there", got=site.head, wanted=f"0 to {x.shape[axis or 0] - 1}")
+            raise SiteError(
+                f"{site} names a head that is not there", got=site.head, wanted=f"0 to {x.shape[axis or 0] - 1}"
+            )
         index[axis] = site.head
     if site.expert is not None:
         if x.ndim != 4 or not isinstance(site.expert, int) or site.expert >= x.shape[2]:

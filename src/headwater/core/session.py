@@ -95,7 +95,7 @@ class Session:
             undo.callback(self.hf.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True).remove)
             for prefix, stack in self.anatomy.stacks.items():
                 for block in stack.blocks:
-                    embeds = block.index == 0 and ((prefix, None) in needed or (self.leaf and stack is self.anatomy.main))
+                    embeds = block.index == 0 and ((prefix, None) in needed or self.leaf)
                     if (prefix, block.index) in needed or embeds or self.stop == (prefix, block.index):
                         self._install_block(prefix, stack, block)
             if (("", None, "logits") in self._reads) or (("", None, "logits") in self._edits):
@@ -114,7 +114,9 @@ class Session:
             return
         self.forwards += 1
         cache = kwargs.get("past_key_values")
-        self.window.offset = int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        self.window.offset = (
+            int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
+        )
         if self.window.open_ended and self.window.offset == 0 and self.window.rows is None:
             # Somebody else's call inside `intervene`: the first forward brings the prompt.
             main = kwargs.get(getattr(self.hf, "main_input_name", "input_ids"))
@@ -135,7 +137,7 @@ class Session:
         def enter(x: torch.Tensor) -> torch.Tensor:
             here = self._here[prefix]
             if layer == 0:
-                if self.leaf and stack is self.anatomy.main:
+                if self.leaf:
                     x = x.detach().requires_grad_(True)
                 x = self._pass(prefix, None, "embed", x)
             x = self._pass(prefix, layer, "resid_pre", x)
@@ -153,7 +155,10 @@ class Session:
             if block.order == "post_norm":
                 self._hook(prefix, block.mid, functools.partial(self._pass, prefix, layer, "resid_mid"))
             else:
-                self._hook(prefix, block.mid, functools.partial(self._read, prefix, layer, "resid_mid"))
+                # Kept as it is, flat or not: the residual goes around the norm with this very tensor.
+                self._hook(
+                    prefix, dataclasses.replace(block.mid, flat=False), functools.partial(self._keep_mid, prefix, layer)
+                )
         if block.mlp is not None:
             if wants("mlp_in"):
                 self._hook(prefix, block.mlp.entry, functools.partial(self._pass, prefix, layer, "mlp_in"))
@@ -165,7 +170,9 @@ class Session:
             if wants("mixer_in"):
                 self._hook(prefix, block.mixer.entry, functools.partial(self._pass, prefix, layer, "mixer_in"))
             if wants("mixer_out"):
-                self._hook(prefix, block.mixer.write.port, self._scaled(prefix, layer, "mixer_out", block.mixer.write.scale))
+                self._hook(
+                    prefix, block.mixer.write.port, self._scaled(prefix, layer, "mixer_out", block.mixer.write.scale)
+                )
         if wants("resid_post") or self.stop == (prefix, layer):
 
             def leave(x: torch.Tensor) -> torch.Tensor:
@@ -242,10 +249,18 @@ class Session:
 
     def _pass(self, prefix: str, layer: int | None, kind: str, x: torch.Tensor) -> torch.Tensor:
         x = self._edit(prefix, layer, kind, x)
+        if self.grad and kind.endswith("_in") and (prefix, layer, kind) in self._reads:
+            # The same tensor may be read by others (a parallel block's MLP, the residual); the site is what this reader gets of it.
+            x = x.view_as(x)
         return self._read(prefix, layer, kind, x)
 
     def _read(self, prefix: str, layer: int | None, kind: str, x: torch.Tensor) -> torch.Tensor:
         self._keep(prefix, layer, kind, x)
+        return x
+
+    def _keep_mid(self, prefix: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+        shape = self._here[prefix].shape
+        self._keep(prefix, layer, "resid_mid", x, to_site=lambda t: t.reshape(*shape, t.shape[-1]))
         return x
 
     def _remember_stream(self, prefix: str, x: torch.Tensor) -> torch.Tensor:
@@ -268,7 +283,11 @@ class Session:
         """Keep what was asked of x. `to_site` turns the tensor on the path into the site's layout, `to_grad` its gradient."""
         for site in self._reads.get((prefix, layer, kind), ()):
             whole = to_site(x) if to_site else x
-            where = self.window.locate(site.pos, whole.shape[token_axis(kind)], site) if site.pos is not None else slice(None)
+            where = (
+                self.window.locate(site.pos, whole.shape[token_axis(kind)], site)
+                if site.pos is not None
+                else slice(None)
+            )
             if where is None:
                 raise SiteError(f"{site} was not reached", fix="The position lies outside this forward")
             index = select_index(site, whole, where)
@@ -314,9 +333,20 @@ class Session:
                 if len({value[i].shape for i in kept}) > 1:
                     raise InterventionError(f"{intervention}: the values of these prompts have several shapes")
                 value = torch.stack([value[i] for i in kept])
-            elif isinstance(value, torch.Tensor) and value.ndim == x.ndim and n is not None and value.shape[0] == n and mine is not None:
+            elif (
+                isinstance(value, torch.Tensor)
+                and value.ndim == x.ndim
+                and n is not None
+                and value.shape[0] == n
+                and mine is not None
+            ):
                 value = value[mine.to(value.device)]
-            if isinstance(value, torch.Tensor) and rows is not None and value.ndim == x.ndim and value.shape[0] not in (1, x.shape[0]):
+            if (
+                isinstance(value, torch.Tensor)
+                and rows is not None
+                and value.ndim == x.ndim
+                and value.shape[0] not in (1, x.shape[0])
+            ):
                 value = value[rows.to(value.device)]
             if value is not getattr(intervention, name):
                 changed[name] = value
@@ -352,12 +382,26 @@ class Session:
         else:
             plain = original if part.method else eager_of(module)
             if plain is None:
-                raise SiteError(f"{type(module).__name__} has no plain attention function", fix="Sites pattern and scores are not there")
+                raise SiteError(
+                    f"{type(module).__name__} has no plain attention function",
+                    fix="Sites pattern and scores are not there",
+                )
             out, weights = self._weights(prefix, layer, cross, original, plain, module, q, k, v, mask, kwargs)
         return self._pass(prefix, layer, f"{cross}z", out), weights
 
     def _weights(
-        self, prefix: str, layer: int, cross: str, original: Any, plain: Any, module: nn.Module, q: Any, k: Any, v: Any, mask: Any, kwargs: Any
+        self,
+        prefix: str,
+        layer: int,
+        cross: str,
+        original: Any,
+        plain: Any,
+        module: nn.Module,
+        q: Any,
+        k: Any,
+        v: Any,
+        mask: Any,
+        kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
         """Attention with its scores and weights seen. Edits change the model's own output by what they change in the plain one, so weights
         that are only looked at, or put back as they were, leave it bit for bit."""
@@ -438,7 +482,7 @@ class Session:
                 return function(x)
             shaped = x.reshape(*self._here[prefix].shape, x.shape[-1])
             after = function(shaped)
-            return x if after is shaped else after.reshape(x.shape)
+            return x if after is shaped and not self.grad else after.reshape(x.shape)
 
         if port.side == "in":
 

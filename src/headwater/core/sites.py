@@ -76,9 +76,16 @@ class Site:
             )
         kind = match["kind"]
         if "*" not in kind and kind not in KINDS:
-            raise SiteError(f"unknown kind of site in {text!r}", got=repr(kind), wanted=did_you_mean(kind, KINDS, limit=40))
+            raise SiteError(
+                f"unknown kind of site in {text!r}", got=repr(kind), wanted=did_you_mean(kind, KINDS, limit=40)
+            )
         site = Site(
-            kind, _number(match["layer"]), _number(match["head"]), _number(match["expert"]), match["pos"], match["stack"] or ""
+            kind,
+            _number(match["layer"]),
+            _number(match["head"]),
+            _number(match["expert"]),
+            match["pos"],
+            match["stack"] or "",
         )
         return site._checked(text)
 
@@ -86,11 +93,11 @@ class Site:
         if self.kind in WHOLE_KINDS and self.layer is not None:
             raise SiteError(f"{text!r} names a layer, but {self.kind!r} has none", fix=f"Write {self.kind!r}")
         if self.kind not in WHOLE_KINDS and "*" not in self.kind and self.layer is None:
-            raise SiteError(
-                f"{text!r} names no layer", wanted=f"{self.kind}.0 or, for every layer, {self.kind}.*"
-            )
+            raise SiteError(f"{text!r} names no layer", wanted=f"{self.kind}.0 or, for every layer, {self.kind}.*")
         if self.head is not None and "*" not in self.kind and self.kind not in HEADED_KINDS:
-            raise SiteError(f"{text!r} names a head, but {self.kind!r} has no axis of heads", fix=f"Heads: {sorted(HEADED_KINDS)}")
+            raise SiteError(
+                f"{text!r} names a head, but {self.kind!r} has no axis of heads", fix=f"Heads: {sorted(HEADED_KINDS)}"
+            )
         if self.expert is not None and "*" not in self.kind and self.kind != "neurons":
             raise SiteError(f"{text!r} names an expert, but only neurons have experts")
         return self
@@ -164,4 +171,6 @@ def parse_position(pos: str) -> int | slice | tuple[int, ...] | str:
         return tuple(int(part) for part in pos.split(","))
     if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", pos):
         return pos
-    raise SiteError(f"cannot read the position {pos!r}", wanted="an index (-1), a slice (2:5), indices (1,4) or a name (S2)")
+    raise SiteError(
+        f"cannot read the position {pos!r}", wanted="an index (-1), a slice (2:5), indices (1,4) or a name (S2)"
+    )

@@ -3,4 +3,16 @@
 from headwater.core.anatomy.find import find_anatomy, is_norm
 from headwater.core.anatomy.types import Anatomy, Attention, Block, Mixer, Mlp, Port, Stack, Write, linear_weight
 
-__all__ = ["Anatomy", "Attention", "Block", "Mixer", "Mlp", "Port", "Stack", "Write", "find_anatomy", "is_norm", "linear_weight"]
+__all__ = [
+    "Anatomy",
+    "Attention",
+    "Block",
+    "Mixer",
+    "Mlp",
+    "Port",
+    "Stack",
+    "Write",
+    "find_anatomy",
+    "is_norm",
+    "linear_weight",
+]

@@ -14,8 +14,6 @@ from headwater.core.anatomy.trace import AttentionCall, Call, Trace, probe_input
 from headwater.core.anatomy.types import Anatomy, Attention, Block, Mixer, Mlp, Port, Stack, Write
 from headwater.core.errors import ModelError
 
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-
 
 def find_anatomy(hf: Any) -> Anatomy:
     """Trace `hf` once and say where its sites are. A model without a run of blocks is refused with what was looked for."""
@@ -89,7 +87,9 @@ def _is_layer_list(hf: nn.Module, modules: nn.ModuleList) -> bool:
             target = getattr(target, "target_class", target)
             if isinstance(target, type):
                 recorded.add(target.__name__)
-    return type(modules[0]).__name__ in recorded or any("attention" in type(m).__name__.lower() for m in modules[0].modules())
+    return type(modules[0]).__name__ in recorded or any(
+        "attention" in type(m).__name__.lower() for m in modules[0].modules()
+    )
 
 
 def _prefixes(runs: dict[str, list[Call]]) -> dict[str, tuple[str, list[Call]]]:
@@ -99,7 +99,9 @@ def _prefixes(runs: dict[str, list[Call]]) -> dict[str, tuple[str, list[Call]]]:
     for name, calls in runs.items():
         words = name.lower()
         # "vision_model.encoder.layers" is the vision stack: modality is the stronger word.
-        prefix = next((word for word in ("text", "vision", "audio", "decoder", "encoder") if word in words), f"stack{len(named)}")
+        prefix = next(
+            (word for word in ("text", "vision", "audio", "decoder", "encoder") if word in words), f"stack{len(named)}"
+        )
         named[prefix if prefix not in named else f"stack{len(named)}"] = (name, calls)
     return named
 
@@ -129,24 +131,24 @@ class _Inside:
         x = dict(call.inputs())[key]
         return Port(call.module, call.name, "in", key, flat=x.ndim == 2)
 
-    def find_write(self, change: torch.Tensor, after: int, before: int) -> tuple[Write, Call] | None:
-        """The last module output W in a span of time with change = s W."""
+    def find_write(
+        self, total: torch.Tensor, stream: torch.Tensor, after: int, before: int
+    ) -> tuple[Write, Call] | None:
+        """The module output W, in a span of time, with total = stream + s W: the closest, and of equals the last."""
+        change = total.double() - stream.double()
         if float(change.norm()) == 0.0:
             return None
-        fallback = None
+        rounding = _rounding(total, stream)
+        best: tuple[float, Write, Call] | None = None
         for call in reversed(self.calls):
             # A module that runs twice in a block (one dropout for both sub-layers) cannot be told apart by a hook.
             if not (after < call.exit < before) or self.times[call.module] > 1:
                 continue
             for key, y in call.outputs():
-                scale = _proportional(change, y)
-                if scale is None:
-                    continue
-                port = Port(call.module, call.name, "out", key, flat=y.ndim == 2)
-                if scale == 1.0:
-                    return Write(port, scale), call
-                fallback = fallback or (Write(port, scale), call)
-        return fallback
+                fit = _proportional(change, y, rounding)
+                if fit is not None and (best is None or fit[1] < best[0]):
+                    best = fit[1], Write(Port(call.module, call.name, "out", key, flat=y.ndim == 2), fit[0]), call
+        return best and best[1:]
 
     def find_sum(self, stream: torch.Tensor, after: int) -> tuple[Call, int | str, torch.Tensor, Write] | None:
         """The first module, entered after `after`, that reads stream + s W; and that W."""
@@ -159,7 +161,7 @@ class _Inside:
                 x = x.reshape(stream.shape)
                 if _same(x, stream):
                     continue
-                write = self.find_write(x - stream, after, call.enter)
+                write = self.find_write(x, stream, after, call.enter)
                 if write:
                     return call, key, x, write[0]
         return None
@@ -198,10 +200,12 @@ def _block(found: Trace, call: Call, index: int, refused: dict[str, str], prefix
         return Block(index, call.module, call.name, into, out, "opaque")
 
     if not inside.attention:
-        write = inside.find_write(inside.out - inside.stream, call.enter, call.exit)
+        write = inside.find_write(inside.out, inside.stream, call.enter, call.exit)
         if write is None:
             return opaque("no module's output accounts for what the block adds to the stream")
-        refused.setdefault(slash + "attn_out", f"{type(call.module).__name__} has no attention; its sites are mixer_in and mixer_out")
+        refused.setdefault(
+            slash + "attn_out", f"{type(call.module).__name__} has no attention; its sites are mixer_in and mixer_out"
+        )
         port, entered = write[0], write[1]
         key = entered.inputs()[0][0] if entered.inputs() else 0
         return Block(index, call.module, call.name, into, out, "mixer", mixer=Mixer(inside.port_in(entered, key), port))
@@ -238,7 +242,14 @@ def _attention_parts(inside: _Inside, attended: AttentionCall) -> dict[str, Any]
             continue
         if any(x.numel() == flat.numel() and _same(x.reshape(flat.shape), flat) for _, x in call.inputs()):
             key, entry = module_call.inputs()[0]
-            norm = next((c.module for c in inside.calls if c.exit < module_call.enter and c.output is entry and is_norm(c.module)), None)
+            norm = next(
+                (
+                    c.module
+                    for c in inside.calls
+                    if c.exit < module_call.enter and c.output is entry and is_norm(c.module)
+                ),
+                None,
+            )
             norm = norm or next((c.module for c in inside.calls if is_norm(c.module) and c.output is entry), None)
             return {
                 "module": attended.module,
@@ -278,7 +289,7 @@ def _sequential(
         cross_mid = inside.port_in(cross_reader, cross_reader.inputs()[0][0])
     common = (index, inside.block.module, inside.block.name, into, out)
 
-    write = inside.find_write(inside.out - stream, norm_call.enter, inside.block.exit)
+    write = inside.find_write(inside.out, stream, norm_call.enter, inside.block.exit)
     if write is not None:
         mlp = _mlp(inside, norm_call, write[0], [p["call"] for p in parts])
         if mlp is None:
@@ -291,7 +302,7 @@ def _sequential(
         last = next((c for c in reversed(inside.calls) if is_norm(c.module) and _same_size(c, inside.out)), None)
         if last is not None and last is not norm_call and _same(last.outputs()[0][1].reshape(stream.shape), inside.out):
             total = last.inputs()[0][1].reshape(stream.shape)
-            write = inside.find_write(total - middle, norm_call.exit, last.enter)
+            write = inside.find_write(total, middle, norm_call.exit, last.enter)
             mlp = write and _mlp(inside, norm_call, write[0], [p["call"] for p in parts], before=last.enter)
             if mlp:
                 middle_port = Port(norm_call.module, norm_call.name, "out", norm_call.outputs()[0][0], flat=mid.flat)
@@ -300,32 +311,39 @@ def _sequential(
 
 
 def _parallel(inside: _Inside, index: int, into: Port, out: Port, part: dict[str, Any], opaque: Any) -> Block:
-    change = inside.out - inside.stream
+    attended = part["call"]
     unique = [c for c in inside.calls if inside.times[c.module] == 1]
-    exits = sorted(((c.exit, key, c, y) for c in unique for key, y in _indexed(c) if y.numel() == change.numel()), key=lambda e: e[:2])
-    spans = [part["call"]]
-    attention_outs = [(c, key, y) for _, key, c, y in exits if c.exit >= part["out_proj_exit"] and c.exit <= part["call"].exit]
-    later = [(c, key, y) for _, key, c, y in exits if not (part["call"].enter <= c.enter <= part["call"].exit)]
-    for a_call, a_key, a in reversed(attention_outs):
-        rest = change - a.reshape(change.shape)
-        for m_call, m_key, m in reversed(later):
-            if _proportional(rest, m) == 1.0:
-                attention = _make_attention(part, Write(Port(a_call.module, a_call.name, "out", _unindex(a_key))))
-                write = Write(Port(m_call.module, m_call.name, "out", _unindex(m_key)))
-                tensors = [part["entry_tensor"], inside.stream]
-                tensors += [c.outputs()[0][1] for c in inside.calls if is_norm(c.module) and c.module is not part["norm"]]
-                readers = [inside.consumer(t, inside.block.enter, spans) for t in reversed(tensors)]
-                reader = next((r for r in readers if r is not None and not is_norm(r[0].module)), None)
-                if reader is None:
-                    return opaque("no module reads the stream for its MLP")
-                call, key = reader
-                read = dict(call.inputs())[key]
-                norm = next((c.module for c in inside.calls if is_norm(c.module) and c.outputs()[0][1] is read), None)
-                mlp = _finish_mlp(inside, inside.port_in(call, key), write, norm, call.enter, spans, part["out_proj"])
-                return Block(
-                    index, inside.block.module, inside.block.name, into, out, "parallel", attention, None, mlp
-                )
-    return opaque("the block's output is not its input plus its attention plus one module more")
+    inner = [(c, k, y) for c in unique for k, y in c.outputs() if part["out_proj_exit"] <= c.exit <= attended.exit]
+    outer = [c for c in unique if not (attended.enter <= c.enter <= attended.exit)]
+    best: tuple[float, Any, Any] | None = None
+    change = inside.out.double() - inside.stream.double()
+    for a_call, a_key, a in sorted(inner, key=lambda found: -found[0].exit):
+        if a.numel() != change.numel():
+            continue
+        rest = change - a.double().reshape(change.shape)
+        for m_call in reversed(outer):
+            for m_key, m in m_call.outputs():
+                fit = _proportional(rest, m, 2 * _rounding(inside.out, inside.stream, a.reshape(change.shape)))
+                if fit is not None and fit[0] == 1.0 and (best is None or fit[1] < best[0]):
+                    best = fit[1], (a_call, a_key), (m_call, m_key)
+    if best is None:
+        return opaque("the block's output is not its input plus its attention plus one module more")
+    (a_call, a_key), (m_call, m_key) = best[1:]
+    attention = _make_attention(part, Write(Port(a_call.module, a_call.name, "out", a_key)))
+    write = Write(Port(m_call.module, m_call.name, "out", m_key))
+    # Its MLP reads a norm of its own, or the same tensor that attention reads, or the bare stream.
+    own_norms = [c.outputs()[0][1] for c in inside.calls if is_norm(c.module) and c.module is not part["norm"]]
+    readers = [
+        inside.consumer(t, inside.block.enter, [attended]) for t in (*own_norms, part["entry_tensor"], inside.stream)
+    ]
+    reader = next((r for r in readers if r is not None and not is_norm(r[0].module)), None)
+    if reader is None:
+        return opaque("no module reads the stream for its MLP")
+    call, key = reader
+    read = dict(call.inputs())[key]
+    norm = next((c.module for c in inside.calls if is_norm(c.module) and c.outputs()[0][1] is read), None)
+    mlp = _finish_mlp(inside, inside.port_in(call, key), write, norm, call.enter, [attended], part["out_proj"])
+    return Block(index, inside.block.module, inside.block.name, into, out, "parallel", attention, None, mlp)
 
 
 def _mlp(inside: _Inside, norm_call: Call, write: Write, attended: list[Call], before: int | None = None) -> Mlp | None:
@@ -352,7 +370,9 @@ def _finish_mlp(
 ) -> Mlp:
     spans = [(c.enter, c.exit) for c in attended]
     calls = [c for c in inside.calls if c.enter >= start and not any(a <= c.enter <= b for a, b in spans)]
-    experts = next((c for c in calls if hasattr(c.module, "num_experts") and _is_stack(getattr(c.module, "down_proj", None))), None)
+    experts = next(
+        (c for c in calls if hasattr(c.module, "num_experts") and _is_stack(getattr(c.module, "down_proj", None))), None
+    )
     if experts is not None:
         return Mlp(entry, write, norm, experts=experts.module, experts_name=experts.name)
     d_model = inside.stream.shape[-1]
@@ -383,14 +403,6 @@ def _same_size(call: Call, stream: torch.Tensor) -> bool:
     return bool(call.outputs()) and call.outputs()[0][1].numel() == stream.numel()
 
 
-def _indexed(call: Call) -> list[tuple[int, torch.Tensor]]:
-    return [(-1 if key is None else key, y) for key, y in call.outputs()]
-
-
-def _unindex(key: int) -> int | None:
-    return None if key == -1 else key
-
-
 def _stream_in(call: Call) -> tuple[int | str, torch.Tensor]:
     if not call.inputs():
         raise ModelError(f"{call.name} was called with no tensor")
@@ -404,8 +416,10 @@ def _stream_out(call: Call) -> tuple[int | None, torch.Tensor]:
     return call.outputs()[0]
 
 
-def _tolerance(*tensors: torch.Tensor) -> float:
-    return max(_TOLERANCE.get(t.dtype, 1e-2) for t in tensors)
+def _rounding(*tensors: torch.Tensor) -> float:
+    """How far rounding may have moved a sum of these tensors (as the norm of the error)."""
+    eps = max(1e-7, *(torch.finfo(t.dtype).eps for t in tensors))
+    return eps * sum(float(t.double().norm()) for t in tensors)
 
 
 def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
@@ -413,23 +427,24 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
         return True
     if x.shape != y.shape:
         return False
-    return float((x.double() - y.double()).norm()) <= _tolerance(x, y) * float(y.double().norm()) * 1e-2
+    return float((x.double() - y.double()).norm()) <= 0.01 * _rounding(x, y)
 
 
-def _proportional(change: torch.Tensor, write: torch.Tensor) -> float | None:
-    """s with change = s * write, to rounding; exactly 1.0 where it is 1 to rounding; None where there is none."""
+def _proportional(change: torch.Tensor, write: torch.Tensor, rounding: float) -> tuple[float, float] | None:
+    """(s, error) with change = s * write up to rounding: exactly 1.0 where 1 will do, else the shortest decimal that will."""
     if write.numel() != change.numel() or write.shape[-1] != change.shape[-1]:
         return None
     c, w = change.double().flatten(), write.double().flatten()
     norm = float(w @ w)
     if norm == 0.0:
         return None
-    scale = float(c @ w) / norm
-    tolerance = _tolerance(change, write)
-    if scale <= 0 or float((c - scale * w).norm()) > tolerance * 10 * float(c.norm()):
+    best = float(c @ w) / norm
+    least = float((c - best * w).norm())
+    if best <= 0 or least > min(rounding, 0.2 * float(c.norm())):
         return None
-    if abs(scale - 1) < tolerance * 10:
-        return 1.0
-    # A multiplier is a number somebody wrote into a config: take the short decimal if it agrees to rounding.
-    short = float(f"{scale:.4g}")
-    return short if abs(short - scale) < tolerance * scale else scale
+    # A multiplier is a number that somebody wrote into a config: take the shortest that fits as well as any.
+    for scale in (1.0, *(float(f"{best:.{digits}g}") for digits in range(1, 7))):
+        error = float((c - scale * w).norm())
+        if error <= 1.02 * least + 1e-3 * rounding:
+            return scale, error
+    return best, least

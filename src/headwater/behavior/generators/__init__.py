@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 Spans = dict[str, tuple[int, int]]
 T = TypeVar("T")
-_FILES = ("ioi",)
+_FILES = ("agreement", "arithmetic", "capitals", "colors", "greater_than", "induction", "ioi", "successor")
 _SLOT = re.compile(r"\{(\w+)\}")
 # How often a generator may draw a prompt it has already made before it is taken to have no more.
 _PATIENCE = 400
@@ -163,15 +163,17 @@ def halves(things: Iterable[T], rng: random.Random) -> dict[str, list[T]]:
     return {"train": mixed[:middle], "test": mixed[middle:]}
 
 
-def draw(n: int, rng: random.Random, make: Callable[[str, random.Random], Pair | None], *, name: str) -> list[Pair]:
-    """`n` pairs with different prompts, train and test in turn; `make(split, rng)` draws one, None where a draw is no
-    good."""
+def draw(
+    n: int, rng: random.Random, make: Callable[[int, str, random.Random], Pair | None], *, name: str
+) -> list[Pair]:
+    """`n` pairs with different prompts, train and test in turn; `make(index, split, rng)` draws one, None where a
+    draw is no good."""
     pairs: list[Pair] = []
     seen: set[str] = set()
     for index in range(n):
         split = SPLITS[index % 2]
         for _try in range(_PATIENCE):
-            pair = make(split, rng)
+            pair = make(index, split, rng)
             if pair is not None and pair.prompt not in seen:
                 seen.add(pair.prompt)
                 pairs.append(pair)

@@ -53,12 +53,12 @@ def ioi(n: int | None, rng: random.Random, *, counterfactual: str = "swap", temp
     one_of("templates", templates, range(1, len(TEMPLATES) + 1))
     names = halves(NAMES, rng)
 
-    def make(split: str, rng: random.Random) -> Pair:
-        index, order = rng.randrange(templates), rng.choice(("ABBA", "BABA"))
+    def make(index: int, split: str, rng: random.Random) -> Pair:
+        which, order = rng.randrange(templates), rng.choice(("ABBA", "BABA"))
         io, subject, *others = rng.sample(names[split], 5)
         values: dict[str, str] = {"place": rng.choice(PLACES), "thing": rng.choice(THINGS)}
         first, second = (io, subject) if order == "ABBA" else (subject, io)
-        prompt, spans = fill(TEMPLATES[index], {**values, "first": first, "second": second, "S2": subject})
+        prompt, spans = fill(TEMPLATES[which], {**values, "first": first, "second": second, "S2": subject})
         if counterfactual == "swap":
             names_then = {"first": first, "second": second, "S2": io}
         else:
@@ -71,12 +71,12 @@ def ioi(n: int | None, rng: random.Random, *, counterfactual: str = "swap", temp
         }
         return Pair(
             prompt=prompt,
-            counterfactual=fill(TEMPLATES[index], {**values, **names_then})[0],
+            counterfactual=fill(TEMPLATES[which], {**values, **names_then})[0],
             answers=[f" {io}"],
             foils=[f" {subject}"],
             positions=positions,
             variables={"IO": io, "S": subject, "order": order, **values},
-            template=f"t{index:02d}",
+            template=f"t{which:02d}",
             split=split,
             slices={"order": order},
         )

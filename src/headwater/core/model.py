@@ -95,6 +95,7 @@ class Model:
         self.anatomy: Anatomy = find_anatomy(hf)
         self._active: list[Session] = []
         self._lock = threading.RLock()
+        self._fingerprint: tuple[Any, str] | None = None
         self._takes = set(inspect.signature(hf.forward).parameters)
         check_sites(self)
 
@@ -152,7 +153,12 @@ class Model:
         """A short hash of config and weights: what a stored number was measured on."""
         from headwater.core.fingerprint import fingerprint
 
-        return fingerprint(self.hf)
+        # Reading every weight takes about a second at 135M; autograd's version counter says whether one was changed in place.
+        state = [p for p in (*self.hf.parameters(), *self.hf.buffers()) if not p.is_inference()]
+        key = tuple((p.data_ptr(), p._version) for p in state)
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            self._fingerprint = (key, fingerprint(self.hf))
+        return self._fingerprint[1]
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.anatomy.family}, {self.n_layers} layers, d_model {self.d_model}, {self.dtype}, {self.device})"

@@ -1,0 +1,173 @@
+"""Charts of a Circuit and of how well it stands: the graph, the faithfulness curve, the null."""
+
+from typing import Any
+
+import altair as alt
+
+from headwater.report.charts.parts import Row, data, nothing, rows, themed
+from headwater.report.drawing import place
+from headwater.report.theme import color
+from headwater.report.words import estimate, finite, number, percent
+
+NULLS = {
+    "edges": "random circuits of its size",
+    "heads": "the circuit with its heads renamed at random",
+    "random_weights": "the same method on random weights",
+}
+
+
+def circuit(result: Any) -> Any:
+    """The strongest edges on layer and head axes (the report draws the same layout with curves)."""
+    layout = place(result)
+    if not layout.nodes:
+        return themed(nothing("a circuit without nodes"))
+    at = {node.name: node for node in layout.nodes}
+    lines = [
+        {
+            "x": at[edge.source].x,
+            "y": -at[edge.source].y,
+            "x2": at[edge.target].x,
+            "y2": -at[edge.target].y,
+            "size": 0.6 + 4 * edge.strength,
+            "sign": "raises the metric" if edge.score >= 0 else "lowers the metric",
+            "tip": edge.tip,
+        }
+        for edge in layout.edges
+    ]
+    dots = [{"x": node.x, "y": -node.y, "name": node.name, "tip": node.tip} for node in layout.nodes]
+    plain = {"axis": None, "scale": alt.Scale(zero=False, nice=False, padding=24)}
+    signs = alt.Scale(domain=["raises the metric", "lowers the metric"], range=[color("pos"), color("neg")])
+    drawn = (
+        alt.Chart(data(lines))
+        .mark_rule(opacity=0.55)
+        .encode(
+            x=alt.X("x:Q", **plain),
+            y=alt.Y("y:Q", **plain),
+            x2="x2:Q",
+            y2="y2:Q",
+            strokeWidth=alt.StrokeWidth("size:Q", scale=None),
+            color=alt.Color("sign:N", scale=signs, legend=alt.Legend(title=None, orient="top")),
+            description="tip:N",
+            tooltip="tip:N",
+        )
+    )
+    base = alt.Chart(data(dots)).encode(x="x:Q", y="y:Q", description="tip:N", tooltip="tip:N")
+    nodes = base.mark_point(filled=True, size=260, color=color("panel"), stroke=color("line"), opacity=1)
+    names = base.mark_text(fontSize=9).encode(text="name:N")
+    return themed((drawn + nodes + names).properties(width=layout.width, height=layout.height))
+
+
+def faithfulness(result: Any, null: Any = None) -> Any:
+    """Faithfulness over circuit size with its interval; with a NullResult, what random circuits of that size reach."""
+    found = rows(result.tables.get("curve"), "fraction", "edges", "faithfulness", "lo", "hi", "metric")
+    found = [row for row in found if row["faithfulness"] is not None and (row["fraction"] or 0) > 0]
+    if not found:
+        return themed(nothing())
+    shown = [
+        row
+        | {"percent": 100 * row["fraction"]}
+        | {
+            "tip": f"{percent(row['fraction'])} of the edges ({number(row['edges'])}): {estimate(row['faithfulness'], row['lo'], row['hi'])}"
+        }
+        for row in found
+    ]
+    sizes = [row["percent"] for row in shown]
+    x = alt.X(
+        "percent:Q",
+        title="edges kept, % of all (log scale)",
+        scale=alt.Scale(type="log", nice=False),
+        axis=_log_axis(sizes),
+    )
+    y = alt.Y("faithfulness:Q", title="faithfulness", scale=alt.Scale(zero=True, nice=True))
+    base = alt.Chart(data(shown)).encode(x=x, y=y, description="tip:N", tooltip="tip:N")
+    layers: list[Any] = []
+    if (band := null_band(null)) is not None:
+        layers.append(
+            alt.Chart(data([band]))
+            .mark_rect(color=color("band"), opacity=0.5)
+            .encode(y="lo:Q", y2="hi:Q", description="tip:N")
+        )
+    ends = [{"at": 0.0, "tip": "0: as the counterfactual run"}, {"at": 1.0, "tip": "1: as the whole model"}]
+    layers.append(
+        alt.Chart(data(ends)).mark_rule(color=color("null"), strokeDash=[3, 3]).encode(y="at:Q", description="tip:N")
+    )
+    if any(row["lo"] is not None for row in shown):
+        layers.append(
+            base.mark_area(color=color("pos"), opacity=0.16).encode(
+                y="lo:Q", y2="hi:Q", description=alt.Undefined, tooltip=alt.Undefined
+            )
+        )
+    layers.append(base.mark_line(color=color("pos"), strokeWidth=2).encode(description=alt.Undefined))
+    layers.append(base.mark_point(color=color("pos"), filled=True, size=48, opacity=1))
+    return themed(alt.layer(*layers).properties(width=520, height=240))
+
+
+def _log_axis(sizes: list[float]) -> alt.Axis:
+    ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(sizes) <= t <= max(sizes)]
+    return alt.Axis(values=ticks, grid=False, format="~g")
+
+
+def draw_rows(null: Any) -> list[Row]:
+    """The draws of a NullResult that hold a number."""
+    if null is None:
+        return []
+    return [row for row in rows(null.tables.get("draws"), "kind", "draw", "value") if row["value"] is not None]
+
+
+def null_band(null: Any) -> Row | None:
+    """Where the middle 95% of the random circuits' draws lie, with the hover text; None without draws."""
+    found = draw_rows(null)
+    first = found[0]["kind"] if found else None
+    values = sorted(row["value"] for row in found if row["kind"] == first)
+    if not values:
+        return None
+    lo, hi = values[int(0.025 * (len(values) - 1))], values[-1 - int(0.025 * (len(values) - 1))]
+    name = NULLS.get(str(first), str(first))
+    return {
+        "lo": lo,
+        "hi": hi,
+        "name": name,
+        "tip": f"{name}: 95% of {len(values)} draws lie in [{number(lo)}, {number(hi)}]",
+    }
+
+
+def null(result: Any) -> Any:
+    """The null's draws as dots on one line a kind, and the observed value as a line through all of them."""
+    found = draw_rows(result)
+    if not found:
+        return themed(nothing("a null without draws"))
+    observed = finite(result.facts.get("observed"))
+    stacked: list[Row] = []
+    every = [row["value"] for row in found] + ([observed] if observed is not None else [])
+    width = (max(every) - min(every)) / 80 or 1.0
+    for kind in dict.fromkeys(row["kind"] for row in found):
+        bins: dict[int, int] = {}
+        for row in (row for row in found if row["kind"] == kind):
+            at = round((row["value"] - min(every)) / width)
+            bins[at] = bins.get(at, 0) + 1
+        name = NULLS.get(str(kind), str(kind).replace("_", " "))
+        for at, n in sorted(bins.items()):
+            value = min(every) + at * width
+            stacked.append(
+                {"kind": name, "from": value - width / 2, "to": value + width / 2, "n": n, "observed": observed}
+            )
+            stacked[-1]["tip"] = f"{name}: {n} near {number(value)}"
+    bars = (
+        alt.Chart()
+        .mark_bar(color=color("null"))
+        .encode(
+            x=alt.X("from:Q", title="value under the null (line: observed)", scale=alt.Scale(zero=False)),
+            x2="to:Q",
+            y=alt.Y("n:Q", title="draws", axis=alt.Axis(tickMinStep=1, tickCount=3)),
+            description="tip:N",
+            tooltip="tip:N",
+        )
+    )
+    layers = [bars]
+    if observed is not None:
+        layers.append(alt.Chart().mark_rule(color=color("pos"), strokeWidth=2.5).encode(x="mean(observed):Q"))
+    header = alt.Header(orient="top", labelAnchor="start", title=None, labelPadding=2)
+    chart = alt.layer(*layers, data=data(stacked)).properties(width=520, height=70)
+    return themed(
+        chart.facet(row=alt.Row("kind:N", sort=None, header=header), spacing=12).resolve_scale(y="independent")
+    )

@@ -1,0 +1,153 @@
+"""What every section needs: the run, its names, figure numbers, and a way to fail in part only."""
+
+import json
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from headwater.report.blocks import Figure, Note, Section, source
+from headwater.report.charts.claims import claim_rows, role_hues
+from headwater.report.charts.parts import Row, rows
+from headwater.report.gather import Found, Gathered
+from headwater.report.svg import inline
+from headwater.report.words import visible
+
+log = logging.getLogger(__name__)
+
+
+class Context:
+    """One report in the making."""
+
+    def __init__(self, run: Gathered) -> None:
+        self.run = run
+        self._figures = 0
+
+    # --- names
+
+    @property
+    def folder(self) -> str:
+        """The run's folder as a reader may type it: relative where it can be, and never more of this machine than needed."""
+        path = self.run.folder
+        try:
+            path = path.resolve().relative_to(Path.cwd().resolve())
+        except ValueError:
+            path = Path(path.name) if path.is_absolute() else path
+        return path.as_posix()
+
+    @property
+    def model(self) -> str:
+        """The model's name, from provenance or config."""
+        known = next((item.result.provenance.model for item in self.run.found if item.result.provenance.model), None)
+        return visible(known or _name(self.run.config.get("model")) or "the model", 80)
+
+    @property
+    def behavior(self) -> str:
+        """The behavior's name."""
+        found = (
+            self.run.fact("behavior_name") or _name(self.run.config.get("behavior")) or _name(self.run.fact("behavior"))
+        )
+        return visible(Path(found).stem if found and "/" in found else found or "this behavior", 80)
+
+    def command(self, verb: str) -> str:
+        """A command on this run."""
+        return f"headwater {verb} {shlex.quote(self.folder)}"
+
+    # --- what several sections read
+
+    def claims(self) -> list[Row]:
+        """The ledger's claims, supported first."""
+        found = self.run.first("ledger")
+        return claim_rows(found.result) if found else []
+
+    def roles(self) -> dict[str, str]:
+        """Node names to the role that the `heads` stage found."""
+        found = self.run.first("heads")
+        if not found:
+            return {}
+        table = rows(found.result.tables.get("roles"), "layer", "head", "role")
+        named: dict[str, str] = {}
+        for row in table:
+            if row["role"]:
+                named.setdefault(f"a{row['layer']}.h{row['head']}", str(row["role"]))
+        return named
+
+    def role_tokens(self) -> dict[str, str]:
+        """Roles to palette names, as in the chart of the roles."""
+        return {role: f"c{i % 8}" for i, role in enumerate(role_hues(list(self.roles().values())))}
+
+    # --- figures
+
+    def figure(
+        self,
+        found: Found,
+        chart: Any,
+        *,
+        title: str,
+        caption: str = "",
+        tables: Sequence[str],
+        code: str = ".chart()",
+        others: Sequence[Found] = (),
+    ) -> Figure | Note:
+        """A chart as a numbered figure with its data and code; where it cannot be drawn, a note that says why."""
+        self._figures += 1
+        name = f"fig-{self._figures}"
+        try:
+            drawn = chart() if callable(chart) else chart
+            svg = drawn if isinstance(drawn, str) else inline(drawn, name=name, label=title)
+        except (
+            Exception
+        ) as error:  # one broken table must not take the whole page with it; the page says what is missing
+            log.warning("figure %r could not be drawn: %s", title, error)
+            return Note(
+                text=f"{title}: this figure could not be drawn ({type(error).__name__}: {visible(error, 300)}).",
+                tone="broken",
+            )
+        sources = [source(item, table) for item in (found, *others) for table in tables if table in item.result.tables]
+        return Figure(
+            id=name,
+            number=self._figures,
+            title=title,
+            svg=svg,
+            caption=caption,
+            sources=sources,
+            code=_code(found, code),
+        )
+
+
+def _code(found: Found, code: str) -> str:
+    config = json.dumps(found.result.config, ensure_ascii=False, sort_keys=True, default=str)
+    lines = ["import headwater as hw", "", f'found = hw.load_result("{found.where}")  # in the folder of this report']
+    lines.append(code if code.startswith("from ") else f"found{code}")
+    if found.result.config:
+        lines += ["", f"# it was computed with: {visible(config, 400)}"]
+    return "\n".join(lines)
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value.get("name") or value.get("path") or value.get("id")
+    return value if isinstance(value, str) else ""
+
+
+def missing(context: Context, *, id: str, title: str, what: str, stage: str) -> Section:
+    """A section whose stage is not there yet: what it would show, and how to get it."""
+    note = Note(
+        text=f"Not in this run yet: the stage “{stage}”. {what} Run it with:",
+        tone="missing",
+        code=context.command("resume"),
+    )
+    return Section(id=id, title=title, blocks=[note])
+
+
+def guarded(section: Callable[[Context], Section | None], context: Context) -> Section | None:
+    """A section, or a section that says why it could not be written."""
+    try:
+        return section(context)
+    except Exception as error:  # a table of an unexpected shape costs its own section, not the page
+        log.warning("section %r could not be written", section.__name__, exc_info=True)
+        text = f"This section could not be written ({type(error).__name__}: {visible(error, 300)})."
+        return Section(
+            id=section.__name__, title=section.__name__.capitalize(), blocks=[Note(text=text, tone="broken")]
+        )

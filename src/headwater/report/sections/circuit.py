@@ -1,0 +1,171 @@
+"""The circuit, and whether it is enough: drawing, edges, faithfulness over size, the null."""
+
+from typing import Any
+
+from headwater.report.blocks import Heading, Section, Table, cell
+from headwater.report.charts.circuits import NULLS, draw_rows, faithfulness, null, null_band
+from headwater.report.charts.parts import Row, rows
+from headwater.report.drawing import draw, place
+from headwater.report.gather import Found
+from headwater.report.sections.base import Context, missing
+from headwater.report.words import (
+    count,
+    estimate,
+    finite,
+    interval,
+    listing,
+    node_parts,
+    number,
+    p_value,
+    percent,
+    strongest,
+)
+
+
+def circuit(context: Context) -> Section:
+    """The strongest edges, drawn, with the roles of the heads in colour."""
+    found = context.run.first("circuit")
+    title = "The circuit"
+    if found is None:
+        what = "It keeps the edges that carry the behavior and draws them."
+        return missing(context, id="circuit", title=title, what=what, stage="circuit")
+    layout = place(found.result)
+    facts = found.result.facts
+    n, total = facts.get("n_edges", layout.n_edges), facts.get("n_total_edges")
+    n_nodes = facts.get("n_nodes", layout.n_nodes)
+    share = (
+        f" of {number(total)} ({percent(n / total)})" if isinstance(n, int) and isinstance(total, int) and total else ""
+    )
+    names = [str(row["node"]) for row in rows(found.result.tables.get("nodes"), "node")]
+    heads = [name for name in names if node_parts(name)["sort"] == "head"]
+    layers = sorted({parts["layer"] for name in names if (parts := node_parts(name))["layer"] is not None})
+    span = f", in layers {layers[0]} to {layers[-1]}" if layers else ""
+    lead = [
+        f"{number(n)} edges{share} between {number(n_nodes)} nodes, {count(len(heads), 'attention head')} among them{span}."
+    ]
+    edges = rows(found.result.tables.get("edges"), "source", "target", "score")
+    if top := strongest(edges, "score", 3):
+        lead.append(f"The strongest edges are {listing(map(_edge, top))}.")
+    section = Section(id="circuit", title=title, lead=lead)
+    roles, hues = context.roles(), context.role_tokens()
+    shown = {node.name for node in layout.nodes}
+    used = {role for name, role in roles.items() if name in shown}
+    if layout.hidden > 0:
+        drawn = f"The {len(layout.edges)} strongest edges are drawn; {layout.hidden:,} weaker ones and {count(max(0, int(n_nodes) - sum(node.sort != 'group' for node in layout.nodes)), 'node')} that only they touch are not."
+    else:
+        drawn = f"All {count(len(layout.edges), 'edge')} are drawn."
+    caption = f"{drawn} Layers go up, width is strength, blue raises the metric and orange lowers it; an edge enters a head at its left for queries, in the middle for keys, at its right for values. Hover over a node to follow its edges."
+    if any(node.sort == "group" for node in layout.nodes):
+        caption += (
+            " Heads that share keys and values share one “k v” box (keys left, values right), joined to them by dashes."
+        )
+    section.blocks.append(
+        context.figure(
+            found,
+            lambda: draw(layout, name=f"circuit-{found.name}".replace(".", "-"), roles=roles, hues=hues),
+            title="The circuit, from input to logits",
+            caption=caption,
+            tables=["edges", "nodes"],
+            code='from headwater.report.drawing import draw, place\nopen("circuit.svg", "w").write(draw(place(found), name="circuit"))',
+        )
+    )
+    if used:
+        section.blocks.append(_legend({role: hues[role] for role in hues if role in used}))
+    body = [
+        [cell(row["source"], style="mono"), cell(row["target"], style="mono"), cell(row["score"])]
+        for row in strongest(edges, "score", 12)
+    ]
+    section.blocks.append(
+        Table(columns=("from", "into", "score"), rows=body, caption=f"The strongest of {number(n)} edges.")
+    )
+    return section
+
+
+def _edge(row: Row) -> str:
+    return f"{row['source']} → {row['target']} ({number(row['score'])})"
+
+
+def _legend(hues: dict[str, str]) -> Any:
+    from headwater.report.blocks import Legend
+
+    return Legend(items=[(token, role.replace("_", " ")) for role, token in hues.items()])
+
+
+def strength(context: Context) -> Section:
+    """Faithfulness over size, and what random circuits of the same size reach."""
+    title = "Is the circuit enough?"
+    curves = [item for item in context.run.all("faithfulness") if rows(item.result.tables.get("curve"))]
+    nulls = [item for item in context.run.all("null") if draw_rows(item.result)]
+    if not curves and not nulls:
+        what = "It runs the model with every edge outside the circuit carrying its counterfactual value, at several sizes and for random circuits."
+        return missing(context, id="faithfulness", title=title, what=what, stage="circuit")
+    section = Section(id="faithfulness", title=title)
+    section.lead = [
+        "Faithfulness is how much of the way from the counterfactual (0) to the whole model (1) the circuit goes alone."
+    ]
+    first_null = nulls[0] if nulls else None
+    for item in curves:
+        table = rows(item.result.tables["curve"], "fraction", "edges", "faithfulness", "lo", "hi")
+        if len(table) > 1:
+            section.blocks.append(_curve(context, item, first_null))
+        else:
+            row = table[0]
+            text = f"{item.name.replace('_', ' ').capitalize()}: {estimate(row['faithfulness'], row['lo'], row['hi'])}"
+            section.blocks.append(
+                Heading(text=text, lead=f"with {number(row['edges'])} edges ({percent(row['fraction'])} of all).")
+            )
+    section.blocks += [_null(context, item) for item in nulls]
+    return section
+
+
+def _curve(context: Context, item: Found, null_of: Found | None) -> Any:
+    table = [
+        row
+        for row in rows(item.result.tables["curve"], "fraction", "edges", "faithfulness")
+        if row["faithfulness"] is not None
+    ]
+    enough = next(
+        (row for row in sorted(table, key=lambda row: row["fraction"] or 0) if row["faithfulness"] >= 0.8), None
+    )
+    cpr, cmd = finite(item.result.facts.get("cpr")), finite(item.result.facts.get("cmd"))
+    parts = []
+    if enough:
+        parts.append(
+            f"{percent(enough['fraction'])} of the edges ({number(enough['edges'])}) already reach {number(enough['faithfulness'])}."
+        )
+    else:
+        best = max((row["faithfulness"] for row in table), default=None)
+        parts.append(f"No size reaches 0.8; the best is {number(best)}.")
+    if cpr is not None or cmd is not None:
+        parts.append(
+            f"CPR, the area under the curve: {number(cpr)}; CMD, its distance from 1: {number(cmd)} (0 is perfect)."
+        )
+    if null_of is not None and (band := null_band(null_of.result)):
+        parts.append(
+            f"Grey: 95% of {band['name']}, as large as the circuit, lie in {interval(band['lo'], band['hi'])}."
+        )
+    return context.figure(
+        item,
+        lambda: faithfulness(item.result, null_of.result if null_of else None),
+        title="Faithfulness over circuit size",
+        caption=" ".join(parts),
+        tables=["curve"],
+    )
+
+
+def _null(context: Context, item: Found) -> Any:
+    draws = draw_rows(item.result)
+    observed, p = finite(item.result.facts.get("observed")), finite(item.result.facts.get("p"))
+    kinds = list(dict.fromkeys(str(row["kind"]) for row in draws))
+    parts = []
+    for kind in kinds:
+        values = sorted(row["value"] for row in draws if str(row["kind"]) == kind)
+        parts.append(
+            f"{NULLS.get(kind, kind.replace('_', ' '))} reach {number(values[len(values) // 2])} in the middle and {number(values[-1])} at best ({len(values)} draws)"
+        )
+    text = f"{parts[0][:1].upper()}{listing(parts)[1:]}. " if parts else ""
+    if observed is not None:
+        text += f"The circuit: {number(observed)}" + (f", p {p_value(p)}." if p is not None else ".")
+    return context.figure(
+        item, lambda: null(item.result), title="The circuit against its null", caption=text, tables=["draws"]
+    )

@@ -1,0 +1,221 @@
+"""The verdict in plain sentences, the key numbers, and the ledger of claims."""
+
+from typing import Any
+
+from headwater.report.blocks import Cell, Lines, Section, Source, Table, Tiles, cell, source
+from headwater.report.charts.behaviors import is_overall, metric_rows
+from headwater.report.charts.circuits import draw_rows
+from headwater.report.charts.claims import STATUS
+from headwater.report.charts.parts import Row, rows
+from headwater.report.sections.base import Context, missing
+from headwater.report.theme import TOKENS
+from headwater.report.words import count, estimate, finite, interval, listing, number, p_value, percent, visible
+
+_WORDS = {"supported": "Supported", "refuted": "Refuted", "inconclusive": "Inconclusive"}
+
+
+def verdict(context: Context) -> Section:
+    """What survived, what did not, and the numbers to remember."""
+    claims = context.claims()
+    section = Section(id="verdict", title="The verdict")
+    tiles = key_numbers(context)
+    if not claims:
+        section.lead = ["No claim has been tested in this run yet, so nothing here counts as an explanation."]
+        section.blocks = [tiles] if tiles.items else []
+        return section
+    by = {status: [row for row in claims if row["status"] == status] for status in STATUS}
+    parts = [f"{len(found)} {verb}" for status, found in by.items() if found for verb in [_verb(status, len(found))]]
+    section.lead = [
+        f"Of {count(len(claims), 'claim')} about how {context.model} does {context.behavior}, {listing(parts)}. "
+        "A claim is supported only if its effect beat its null after correction for the number of claims tested."
+    ]
+    items = [(STATUS[row["status"]], _WORDS[row["status"]], sentence(row)) for row in claims]
+    section.blocks = [block for block in (tiles, Lines(items=items)) if block.items]
+    return section
+
+
+def _verb(status: str, n: int) -> str:
+    was = "was" if n == 1 else "were"
+    return {
+        "supported": "survived its test" if n == 1 else "survived their tests",
+        "refuted": f"{was} refuted",
+        "inconclusive": "stayed open",
+    }[status]
+
+
+def sentence(row: Row) -> str:
+    """A claim and its numbers as one sentence."""
+    statement = visible(row["statement"] or row["id"] or "(no statement)").rstrip(". ")
+    numbers = [f"effect {estimate(row['effect'], row['lo'], row['hi'])}"] if row["effect"] is not None else []
+    if row["null_mean"] is not None:
+        numbers.append(f"null {number(row['null_mean'])}")
+    p = row["p_adj"] if row["p_adj"] is not None else row["p"]
+    if p is not None:
+        numbers.append(f"{'adjusted p' if row['p_adj'] is not None else 'p'} {p_value(p)}")
+    if row["n"] is not None:
+        numbers.append(f"n {number(row['n'])}")
+    because = visible(row["why_not"] or "").rstrip(". ")
+    text = f"{statement}: {', '.join(numbers)}." if numbers else f"{statement}."
+    return f"{text} No verdict: {because}." if because else text
+
+
+def key_numbers(context: Context) -> Tiles:
+    """The handful of numbers that sum the run up, each with its interval or what it is compared with."""
+    items: list[tuple[str, str, str]] = []
+    if behavior := context.run.first("behavior_report"):
+        overall = {row["metric"]: row for row in metric_rows(behavior.result) if is_overall(row)}
+        for metric, name, show in (
+            ("accuracy", "prompts answered right", percent),
+            ("logit_diff", "logit difference", number),
+        ):
+            if row := overall.get(metric):
+                span = f"{show(row['lo'])} to {show(row['hi'])}, " if row["lo"] is not None else ""
+                items.append((show(row["value"]), name, f"{span}n {number(row['n'])}"))
+    if found := context.run.first("circuit"):
+        facts = found.result.facts
+        n, total = facts.get("n_edges"), facts.get("n_total_edges")
+        share = percent(n / total) if isinstance(n, int) and isinstance(total, int) and total else ""
+        nodes = found.result.tables.get("nodes")
+        if isinstance(n, int):
+            items.append(
+                (
+                    number(n),
+                    "edges in the circuit",
+                    ", ".join(
+                        filter(
+                            None,
+                            (
+                                f"{share} of all" if share else "",
+                                count(nodes.height, "node") if nodes is not None else "",
+                            ),
+                        )
+                    ),
+                )
+            )
+    if found := context.run.first("null"):
+        observed, p = finite(found.result.facts.get("observed")), finite(found.result.facts.get("p"))
+        values = sorted(row["value"] for row in draw_rows(found.result))
+        if observed is not None and values:
+            items.append(
+                (
+                    number(observed),
+                    "faithfulness of the circuit",
+                    f"random circuits {number(values[len(values) // 2])}, p {p_value(p)}",
+                )
+            )
+    if (found := context.run.first("heads")) and (table := found.result.tables.get("roles")) is not None:
+        named = {(row["layer"], row["head"]) for row in rows(table, "layer", "head", "role") if row["role"]}
+        kinds = len({row["role"] for row in rows(table, "role") if row["role"]})
+        items.append((number(len(named)), "heads with a role", count(kinds, "role")))
+    if claims := context.claims():
+        supported = sum(row["status"] == "supported" for row in claims)
+        items.append(
+            (
+                f"{supported} of {len(claims)}",
+                "claims supported",
+                f"{sum(row['status'] == 'refuted' for row in claims)} refuted",
+            )
+        )
+    return Tiles(items=items)
+
+
+def ledger(context: Context) -> Section:
+    """All claims with what they were tested against."""
+    what = "The ledger holds every claim with its effect, its null and its adjusted p, and the command that tests it again."
+    claims, found = context.claims(), context.run.first("ledger")
+    if found is None or not claims:
+        return missing(context, id="ledger", title="The ledger", what=what, stage="claims")
+    worst = max(
+        (row["p_adj"] for row in claims if row["status"] == "supported" and row["p_adj"] is not None), default=None
+    )
+    q = found.result.facts.get("q") or found.result.config.get("q")
+    lead = [
+        f"{count(len(claims), 'claim')}, {'with false discoveries held below ' + percent(q) + ' (Benjamini–Hochberg)' if finite(q) else 'corrected for testing several at once'}"
+        + (f"; the weakest supported one has an adjusted p of {p_value(worst)}." if worst is not None else ".")
+        + " Each bar shows the effect and its interval against the null (grey), on a scale of its own."
+    ]
+    body = [_line(row) for row in claims]
+    table = Table(columns=("", "claim", "effect", "against its null", "null", "p", "adjusted p", "n"), rows=body)
+    again = [
+        [
+            cell(row["id"], style="mono"),
+            cell(row["test"], style="mono"),
+            cell(row["seed"]),
+            cell(row["command"] or context.command("verify"), style="mono"),
+        ]
+        for row in claims
+    ]
+    name = next((key for key in found.result.tables if key == "claims"), next(iter(found.result.tables), None))
+    commands = Table(
+        columns=("claim", "test", "seed", "run it again"),
+        rows=again,
+        caption="The command that tests each claim again.",
+    )
+    sources: list[Source] = [source(found, name)] if name else []
+    return Section(id="ledger", title="The ledger", lead=lead, blocks=[table, commands, *sources_block(sources)])
+
+
+def sources_block(sources: list[Source]) -> list[Any]:
+    """Data behind tables that are no figure."""
+    from headwater.report.blocks import Figure
+
+    return [Figure(id="", number=0, title="", svg="", sources=sources)] if sources else []
+
+
+def _line(row: Row) -> list[Cell]:
+    status = str(row["status"])
+    low, high = interval(row["lo"], row["hi"]), number(row["effect"])
+    return [
+        Cell(text=_WORDS[status], style=f"badge {STATUS[status]}"),
+        Cell(text=visible(row["statement"] or row["id"]), style="claim"),
+        Cell(text=f"{high} {low}".strip(), numeric=True),
+        Cell(text="", svg=spark(row)),
+        Cell(text=number(row["null_mean"]), numeric=True),
+        Cell(text=p_value(row["p"]), numeric=True),
+        Cell(text=p_value(row["p_adj"]), numeric=True),
+        Cell(text=number(row["n"]), numeric=True),
+    ]
+
+
+def spark(row: Row, width: int = 150, height: int = 22) -> str:
+    """A claim's effect and interval over the spread of its null, on the claim's own scale."""
+    effect = finite(row["effect"])
+    if effect is None:
+        return ""
+    draws = sorted(v for v in map(finite, row.get("null_draws") or []) if v is not None)
+    mean = finite(row["null_mean"])
+    edge = finite(row["reference"]) or 0.0
+    null = (draws[int(0.025 * (len(draws) - 1))], draws[-1 - int(0.025 * (len(draws) - 1))]) if draws else None
+    points = [v for v in (effect, finite(row["lo"]), finite(row["hi"]), mean, edge, *(null or ())) if v is not None]
+    low, high = min(points), max(points)
+    scale = (width - 12) / ((high - low) or 1.0)
+
+    def at(value: float) -> str:
+        return f"{6 + (value - low) * scale:.1f}"
+
+    def var(name: str) -> str:
+        return f"var(--{name}, {TOKENS[name][0]})"
+
+    middle = height / 2
+    hue = var(STATUS[str(row["status"])])
+    parts = [
+        f'<line x1="{at(edge)}" x2="{at(edge)}" y1="2" y2="{height - 2}" stroke="{var("soft")}" stroke-dasharray="2 2"/>'
+    ]
+    if null:
+        size = max((null[1] - null[0]) * scale, 1.5)
+        parts.append(
+            f'<rect x="{at(null[0])}" y="4" width="{size:.1f}" height="{height - 8}" fill="{var("band")}" fill-opacity=".7"/>'
+        )
+    if mean is not None:
+        parts.append(
+            f'<line x1="{at(mean)}" x2="{at(mean)}" y1="3" y2="{height - 3}" stroke="{var("null")}" stroke-width="2"/>'
+        )
+    if (lo := finite(row["lo"])) is not None and (hi := finite(row["hi"])) is not None:
+        parts.append(
+            f'<line x1="{at(lo)}" x2="{at(hi)}" y1="{middle}" y2="{middle}" stroke="{hue}" stroke-width="2.5" stroke-opacity=".6"/>'
+        )
+    parts.append(f'<circle cx="{at(effect)}" cy="{middle}" r="4" fill="{hue}"/>')
+    said = f"effect {estimate(effect, row['lo'], row['hi'])}; null {number(mean)}" + (
+        f", 95% of draws {interval(*null)}" if null else ""
+    )
+    return f'<svg xmlns="http://www.w3.org/2000/svg" class="spark" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"><title>{said}</title>{"".join(parts)}</svg>'

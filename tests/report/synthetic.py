@@ -1,0 +1,306 @@
+"""A run as the stages would store it: small, made up, with the columns of the contract and hostile text in every place that shows text."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from headwater.claims.claim import Claim, Outcome
+from headwater.claims.ledger import Ledger
+from headwater.core.results import Provenance, Result
+from headwater.report.gather import Found, Gathered
+
+HOSTILE = '<script>alert("x")</script>'
+N_LAYERS, N_HEADS, N_KV = 30, 9, 3
+POSITIONS = ["start", "IO", "S1", "S1+1", "S2", "END"]
+
+PROVENANCE = Provenance(
+    model="SmolLM2-135M-Instruct",
+    fingerprint="9c1f0a77d2e34b5586aa",
+    behavior="5d0be1c7a9",
+    seed=0,
+    command="headwater trace ioi --model smollm2 --out runs/ioi",
+    versions={"python": "3.11.2", "headwater": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
+    date="2026-11-21T10:40:00+00:00",
+    seconds=41.5,
+)
+
+
+def result(kind: str, tables: dict[str, Any], facts: dict[str, Any] | None = None, **config: Any) -> Result:
+    """A Result of any kind, with `tables` as lists of rows or columns; not registered, so it stays in memory."""
+    cls = type(f"Synthetic_{kind}", (Result,), {"kind": kind})
+    frames = {name: pl.DataFrame(rows, infer_schema_length=None) for name, rows in tables.items()}
+    return cls(tables=frames, facts=facts, config=config, provenance=PROVENANCE)
+
+
+def behavior_report(seed: int = 0) -> Result:
+    rng = random.Random(seed)
+    names, places = ["Mary", "John", "Anna", "Paul", "Ruth"], ["store", "park", "school"]
+    rows = []
+    for i in range(100):
+        io, s = rng.sample(names, 2)
+        prompt = f"When {io} and {s} went to the {rng.choice(places)}, {s} gave a drink to"
+        if i == 0:
+            prompt = f"When {HOSTILE} and \u202eeliJ\u202c went\nto the store, \x00Jill gave =1+1 to"
+        margin = rng.gauss(4.2, 2.4)
+        rows.append(
+            {
+                "id": i, "prompt": prompt, "answer": f" {io}", "foil": f" {s}", "logit_diff": margin, "prob_diff": math.tanh(margin / 4),
+                "correct": margin > 0, "rank": 0 if margin > 0 else 3, "cf_logit_diff": rng.gauss(-3.1, 2.2),
+            }
+        )  # fmt: skip
+    metrics = [
+        {"metric": "logit_diff", "slice_name": "all", "slice": "all", "value": 4.21, "lo": 3.74, "hi": 4.66, "n": 100},
+        {"metric": "accuracy", "slice_name": "all", "slice": "all", "value": 0.94, "lo": 0.89, "hi": 0.98, "n": 100},
+        {"metric": "prob_diff", "slice_name": "all", "slice": "all", "value": 0.41, "lo": 0.36, "hi": 0.46, "n": 100},
+    ]
+    for name, values in (
+        ("template", [f"t{i}: When A and B went to the place" for i in range(6)]),
+        ("order", ["ABBA", "BABA"]),
+    ):
+        for value in values:
+            v = rng.gauss(4.2, 1)
+            metrics.append(
+                {
+                    "metric": "logit_diff",
+                    "slice_name": name,
+                    "slice": value,
+                    "value": v,
+                    "lo": v - 0.9,
+                    "hi": v + 0.8,
+                    "n": 16,
+                }
+            )
+            a = min(1.0, rng.uniform(0.8, 1.02))
+            metrics.append(
+                {
+                    "metric": "accuracy",
+                    "slice_name": name,
+                    "slice": value,
+                    "value": a,
+                    "lo": a - 0.08,
+                    "hi": min(1.0, a + 0.05),
+                    "n": 16,
+                }
+            )
+    canary = [
+        {"format": f, "condition": c, "accuracy": a, "lo": a - 0.07, "hi": a + 0.07, "n": 60, "chance": ch}
+        for f, c, a, ch in (
+            ("cloze", "answer in prompt", 0.91, 0.25), ("copying", "answer in prompt", 0.97, 0.25),
+            ("multiple choice", "labels A/B/C/D", 0.27, 0.25), ("multiple choice", "labels 1/2/3/4", 0.22, 0.25),
+        )
+    ]  # fmt: skip
+    dropped = [{"id": 7, "reason": "answer is two tokens"}, {"id": 9, "reason": f"names differ in length {HOSTILE}"}]
+    return result("behavior_report", {"metrics": metrics, "rows": rows, "canary": canary, "dropped": dropped})
+
+
+def patching(seed: int = 1) -> Result:
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+
+    def add(
+        kind: str, layer: int, head: int | None, position: str | None, effect: float, direction: str = "denoise"
+    ) -> None:
+        head_text, at = ("" if head is None else f".h{head}"), ("" if position is None else f"@{position}")
+        rows.append(
+            {
+                "site": f"{kind}.{layer}{head_text}{at}", "kind": kind, "layer": layer, "head": head, "position": position, "effect": effect,
+                "lo": effect - 0.05, "hi": effect + 0.05, "n": 40, "direction": direction,
+            }
+        )  # fmt: skip
+
+    for layer in range(N_LAYERS):
+        for position in POSITIONS:
+            early, late = 1 / (1 + math.exp(layer - 15)), 1 / (1 + math.exp(17 - layer))
+            base = early if position == "S2" else late if position == "END" else 0.0
+            add("resid_post", layer, None, position, base + rng.gauss(0, 0.02))
+            add(
+                "attn_out",
+                layer,
+                None,
+                position,
+                (0.35 if (layer, position) == (17, "END") else 0) + rng.gauss(0, 0.02),
+            )
+    for direction in ("denoise", "noise"):
+        for layer in range(N_LAYERS):
+            for head in range(N_HEADS):
+                known = {(17, 3): 0.42, (15, 1): 0.25, (19, 7): -0.18, (9, 4): 0.14}
+                add("head", layer, head, None, known.get((layer, head), 0.0) + rng.gauss(0, 0.012), direction)
+    facts = {
+        "clean": 4.2,
+        "corrupt": -3.1,
+        "metric": "logit_diff",
+        "position_labels": {"IO": " Mary", "S2": " John", "END": " to", "start": HOSTILE},
+    }
+    return result("patching", {"effects": rows}, facts, direction="denoise", metric="logit_diff")
+
+
+def attribution(seed: int = 2) -> Result:
+    rng = random.Random(seed)
+    nodes: list[dict[str, Any]] = [{"node": "input", "layer": -1, "score": 0.9}]
+    for layer in range(N_LAYERS):
+        for head in range(N_HEADS):
+            nodes.append(
+                {
+                    "node": f"a{layer}.h{head}",
+                    "layer": layer,
+                    "score": rng.gauss(0, 0.02) + {(17, 3): 0.5, (19, 7): -0.3}.get((layer, head), 0),
+                }
+            )
+        nodes.append({"node": f"m{layer}", "layer": layer, "score": rng.gauss(0, 0.05)})
+    edges = [{"source": "a17.h3", "target": "logits", "score": 0.45}, {"source": "input", "target": "m0", "score": 0.3}]
+    return result("attribution", {"nodes": nodes, "edges": edges}, {"method": "eap_ig"}, steps=5)
+
+
+def circuit(seed: int = 3, n_edges: int = 300) -> Result:
+    rng = random.Random(seed)
+    core = [
+        "input",
+        "m0",
+        "a3.h2",
+        "a5.h8",
+        "a9.h4",
+        "m9",
+        "a11.h0",
+        "a13.h6",
+        "m14",
+        "a15.h1",
+        "a15.h5",
+        "a17.h3",
+        "a17.h4",
+        "m18",
+        "a19.h7",
+        "a21.h2",
+        "a22.h0",
+        "m25",
+        "a26.h8",
+        "logits",
+    ]
+    every = core + [f"a{rng.randrange(1, 30)}.h{rng.randrange(9)}" for _ in range(50)]
+    layer = {name: -1 if name == "input" else 30 if name == "logits" else int(name[1:].split(".")[0]) for name in every}
+    edges: dict[tuple[str, str], float] = {}
+    while len(edges) < n_edges:
+        strong = len(edges) < 46
+        pool = core if strong else every
+        source, target = rng.choice(pool), rng.choice(pool)
+        if layer[source] >= layer[target] or target == "input" or source == "logits":
+            continue
+        if target.startswith("a"):
+            port = rng.choice("qkv")
+            head = int(target.split("h")[1])
+            target = f"{target}<q>" if port == "q" else f"{target.split('.')[0]}.g{head // (N_HEADS // N_KV)}<{port}>"
+        edges[source, target] = (rng.lognormvariate(-2.2, 0.7) if strong else rng.uniform(0, 0.05)) * rng.choice(
+            [1, 1, 1, -1]
+        )
+    rows = [{"source": s, "target": t, "score": v} for (s, t), v in edges.items()]
+    names = sorted({s for s, _ in edges} | {"logits"})
+    facts = {
+        "n_edges": len(rows), "n_total_edges": 63_000, "n_nodes": len(names), "method": "eap_ig",
+        "graph": {"n_layers": N_LAYERS, "n_heads": N_HEADS, "n_kv_heads": N_KV},
+    }  # fmt: skip
+    return result("circuit", {"edges": rows, "nodes": [{"node": name} for name in names]}, facts)
+
+
+def faithfulness() -> Result:
+    curve = [
+        {
+            "fraction": f,
+            "edges": round(f * 63_000),
+            "faithfulness": v,
+            "lo": v - 0.07,
+            "hi": v + 0.07,
+            "metric": "logit_diff",
+        }
+        for f, v in (
+            (0.001, 0.12),
+            (0.002, 0.31),
+            (0.005, 0.58),
+            (0.01, 0.74),
+            (0.02, 0.86),
+            (0.05, 0.97),
+            (0.1, 1.04),
+            (0.2, 1.06),
+            (0.5, 1.02),
+            (1.0, 1.0),
+        )
+    ]
+    return result("faithfulness", {"curve": curve}, {"cpr": 1.02, "cmd": 0.05, "full": 4.2, "corrupt": -3.1})
+
+
+def null(seed: int = 4) -> Result:
+    rng = random.Random(seed)
+    draws = [
+        {"kind": kind, "draw": i, "value": rng.gauss(mean, 0.05)}
+        for kind, mean in (("edges", 0.06), ("heads", 0.15))
+        for i in range(100)
+    ]
+    return result("null", {"draws": draws}, {"observed": 0.71, "p": 0.0099, "percentile": 100.0})
+
+
+def effect() -> Result:
+    rows = [
+        {"action": action, "measure": measure, "before": before, "after": before + change, "change": change, "lo": change - spread, "hi": change + spread, "n": 60, "baseline": baseline, "note": note}
+        for measure, before, spread, values in (
+            ("logit_diff", 4.2, 0.3, (-6.1, 1.4, -0.2, -1.8)), ("agreement accuracy", 0.95, 0.03, (-0.02, 0.0, -0.01, -0.1)), ("perplexity", 21.3, 0.4, (0.6, 0.9, 0.2, 0.0)),
+        )
+        for action, change, baseline, note in zip(("knock out the name movers", "amplify a17.h3", "random heads", f"prompt: {HOSTILE}"), values, (False, False, True, True), ("", "", "same number of heads", "no weights touched"), strict=True)
+    ]  # fmt: skip
+    return result("effect", {"rows": rows})
+
+
+def heads() -> Result:
+    rows = [
+        {"layer": l, "head": h, "role": role, "attention": a, "effect": e, "lo": e - 0.06, "hi": e + 0.06, "null": 0.02, "p": p}
+        for l, h, role, a, e, p in (
+            (17, 3, "name_mover", 0.71, 0.42, 0.001), (21, 2, "name_mover", 0.44, 0.11, 0.012), (15, 1, "s_inhibition", 0.52, 0.25, 0.001),
+            (19, 7, "negative_name_mover", 0.38, -0.18, 0.004), (5, 8, "duplicate_token", 0.61, 0.08, 0.03), (3, 2, "previous_token", 0.93, 0.03, 0.21),
+            (9, 4, "induction", 0.35, 0.14, 0.006),
+        )
+    ]  # fmt: skip
+    return result("heads", {"roles": rows})
+
+
+def ledger(seed: int = 5) -> Ledger:
+    rng = random.Random(seed)
+    entries: list[tuple[str, str, Outcome]] = [
+        ("real", "SmolLM2 prefers the indirect object to the subject, above chance", Outcome(effect=0.94, lo=0.89, hi=0.98, p=0.0002, n=100, reference=0.5)),
+        ("sufficient", "The circuit alone restores at least half of the logit difference", Outcome(effect=0.71, lo=0.63, hi=0.79, p=0.0005, n=60, reference=0.5)),
+        ("beats_null", f"The circuit beats random circuits of its size and layer profile {HOSTILE}", Outcome(effect=0.71, lo=0.63, hi=0.79, p=0.0099, n=60, null_draws=tuple(rng.gauss(0.15, 0.05) for _ in range(100)))),
+        ("necessary", "Without the circuit the rest of the model cannot do it", Outcome(effect=0.44, lo=0.36, hi=0.52, p=0.9, n=60, reference=0.2, side="less")),
+        ("name_mover", "a17.h3 and a21.h2 copy the indirect object's name", Outcome(effect=0.53, lo=0.44, hi=0.61, p=0.001, n=60, null_draws=tuple(rng.gauss(0.01, 0.02) for _ in range(100)))),
+        ("previous_token", "a3.h2 matters because it attends to the previous token", Outcome(effect=0.03, lo=0.02, hi=0.05, p=0.21, n=60, null_draws=tuple(rng.gauss(0.03, 0.03) for _ in range(100)))),
+        ("duplicate", "a5.h8 detects the repeated name", Outcome(effect=0.08, lo=-0.01, hi=0.17, p=0.08, n=60)),
+        ("few", "The same holds for four names", Outcome(effect=0.2, n=3, why_not="3 pairs, at least 10 are needed")),
+    ]  # fmt: skip
+    claims = [
+        Claim(
+            id=name,
+            statement=text,
+            test=name,
+            stage="claims",
+            seed=0,
+            command=f"headwater verify runs/ioi --claim {name}",
+        ).with_outcome(o)
+        for name, text, o in entries
+    ]
+    return Ledger.of(claims, q=0.05, provenance=PROVENANCE)
+
+
+MAKERS = {
+    "behavior_report": ("behavior", behavior_report), "patching": ("localize", patching), "attribution": ("localize", attribution),
+    "circuit": ("circuit", circuit), "faithfulness": ("circuit", faithfulness), "null": ("circuit", null),
+    "heads": ("heads", heads), "ledger": ("claims", ledger), "effect": ("act", effect),
+}  # fmt: skip
+
+
+def gathered(folder: Path, *kinds: str) -> Gathered:
+    """A run with results of these kinds (all of them if none is named), in memory."""
+    found = [
+        Found(stage=stage, name=kind, result=make(), content_hash=f"{i:02d}" * 32)
+        for i, (kind, (stage, make)) in enumerate(MAKERS.items())
+        if not kinds or kind in kinds
+    ]
+    config = {"behavior": "ioi", "model": "smollm2", "n": 200, "seed": 0}
+    return Gathered(folder=folder, config=config, found=found, facts={item.stage: {} for item in found})

@@ -57,16 +57,17 @@ def check(
     """Say line by line what is wrong with a file of pairs; leaves with 2 if anything is."""
     from headwater import behavior
 
-    problems = behavior.check(file, tokenizer=_tokenizer(model))
-    rows = [{"line": problem.line, "column": problem.column, "problem": problem.message} for problem in problems]
+    rows = behavior.check(file, _loaded(model)).to_dicts()
+    errors = [row for row in rows if row["level"] == "error"]
     if json:
         show_json({"file": str(file), "problems": rows})
     elif rows:
         show_rows(rows, as_json=False)
     else:
         show(f"{file}: nothing wrong.")
-    if rows:
-        say(f"{file} has {len(rows)} problem{'s' * (len(rows) > 1)}; mend the lines above.", label="error")
+    if errors:
+        lines = "line that has" if len(errors) == 1 else "lines that have"
+        say(f"{file} cannot be used as it is: mend the {len(errors)} {lines} an error above.", label="error")
         raise typer.Exit(2)
 
 
@@ -105,9 +106,9 @@ def _summary(generator: Any) -> str:
     return (getattr(generator, "__doc__", None) or "").strip().split("\n")[0]
 
 
-def _tokenizer(model: str | None) -> Any:
+def _loaded(model: str | None) -> Any:
     if model is None:
         return None
     from headwater.core.loading import load
 
-    return load(model).tokenizer
+    return load(model)

@@ -15,7 +15,6 @@ _NAMES = {
     "Bound": "bind",
     "Group": "bind",
     "BehaviorReport": "evaluate",
-    "CanaryReport": "canary",
     "Registry": "generators",
     "metric": "metrics",
     "metrics_known": "metrics",

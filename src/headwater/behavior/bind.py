@@ -142,9 +142,9 @@ def reasons_to_drop(behavior: Behavior, model: Any, *, max_length: int | None = 
 def _sort_out(
     rows: list[dict[str, Any]], model: Any, max_length: int | None
 ) -> tuple[list["_Pair"], list[tuple[str, str]]]:
-    tokenizer, own = _tokenizer_of(model)
+    tokenizer, own = tokenizer_of(model)
     limit = max_length if max_length is not None else own
-    table = _Table(tokenizer)
+    table = TokenTable(tokenizer)
     table.learn(text for row in rows for text in _first_texts(row))
     kept: list[_Pair] = []
     dropped: list[tuple[str, str]] = []
@@ -170,7 +170,7 @@ class _Pair:
     removed: list[tuple[str, str, str]] = field(default_factory=list)
 
 
-def _tokenizer_of(model: Any) -> tuple[Any, int | None]:
+def tokenizer_of(model: Any) -> tuple[Any, int | None]:
     """The tokenizer, and the model's context length where one is known."""
     if callable(model) and hasattr(model, "decode"):
         return model, None
@@ -185,7 +185,7 @@ def _tokenizer_of(model: Any) -> tuple[Any, int | None]:
     return tokenizer, getattr(model, "max_length", None)
 
 
-class _Table:
+class TokenTable:
     """Texts and their tokens, each text tokenized once, many at a time."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -224,7 +224,7 @@ def _first_texts(row: dict[str, Any]) -> list[str]:
     return prompts + [prompt + text for text in (*row["answers"], *foils)]
 
 
-def _align_any(index: int, row: dict[str, Any], table: _Table, limit: int | None) -> "_Pair | str":
+def _align_any(index: int, row: dict[str, Any], table: TokenTable, limit: int | None) -> "_Pair | str":
     """The pair with its first counterfactual that aligns; where none does, the reason of the first."""
     first = _align(index, row, row["counterfactual"], row["foils"], table, limit)
     if not isinstance(first, str):
@@ -237,7 +237,7 @@ def _align_any(index: int, row: dict[str, Any], table: _Table, limit: int | None
 
 
 def _align(
-    index: int, row: dict[str, Any], counterfactual: str, foil_texts: list[str], table: _Table, limit: int | None
+    index: int, row: dict[str, Any], counterfactual: str, foil_texts: list[str], table: TokenTable, limit: int | None
 ) -> "_Pair | str":
     """The pair as tokens, or why it cannot be one. A reason is `kind: detail`, so that kinds can be counted."""
     prompt: str = row["prompt"]
@@ -253,8 +253,8 @@ def _align(
     if limit is not None and len(clean) > limit:
         return f"too long for the model: {len(clean)} tokens, its context is {limit}"
     removed: list[tuple[str, str, str]] = []
-    answers = _first_tokens(prompt, clean, row["answers"], "answers", table, removed)
-    foils = _first_tokens(prompt, clean, foil_texts, "foils", table, removed)
+    answers = first_tokens(prompt, clean, row["answers"], "answers", table, removed)
+    foils = first_tokens(prompt, clean, foil_texts, "foils", table, removed)
     if not answers:
         return f"no answer: {removed[0][2]}" if removed else "no answer"
     if foil_texts and not foils:
@@ -289,12 +289,12 @@ def _align(
     )
 
 
-def _first_tokens(
+def first_tokens(
     prompt: str,
     clean: list[int],
     texts: list[str],
     column: str,
-    table: _Table,
+    table: TokenTable,
     removed: list[tuple[str, str, str]],
 ) -> dict[int, str]:
     """First token -> the first text that begins with it, for the texts that follow the prompt as tokens of their

@@ -7,10 +7,10 @@ from pathlib import Path
 from headwater.behavior.generators import SPLITS, Made, Pair, draw, generator, halves, one_of, words
 from headwater.core.errors import BehaviorError
 
-PEOPLE = words(
-    "athlete boy carpenter doctor farmer father friend girl guy kid lawyer mother pilot poet singer student teacher uncle "
-    "aunt king queen author actor writer driver player worker leader"
-)
+PEOPLE = words("""
+    athlete boy carpenter doctor farmer father friend girl guy kid lawyer mother pilot poet singer student teacher
+    uncle aunt king queen author actor writer driver player worker leader
+""")
 THINGS = words("bike car cat chair desk dog table tree truck window box book door house letter picture tower garden")
 PREPOSITIONS = words("near behind beside by")
 # singular, plural

@@ -20,7 +20,7 @@ _OFFERED = 16
 @functools.cache
 def facts() -> dict[str, tuple[str, str]]:
     """country -> (capital, region); see data/SOURCES.md for source and licence."""
-    text = (files(__package__) / "data" / "capitals.csv").read_text(encoding="utf-8")
+    text = (files("headwater.behavior.generators") / "data" / "capitals.csv").read_text(encoding="utf-8")
     return {row["country"]: (row["capital"], row["region"]) for row in csv.DictReader(text.splitlines())}
 
 

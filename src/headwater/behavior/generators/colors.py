@@ -22,10 +22,10 @@ from headwater.behavior.generators import (
 
 COLORS = words("red blue green yellow white black brown orange purple pink gray silver")
 # Things of any color, so that knowing the world does not help.
-THINGS = words(
-    "box book car chair cup door house table shirt coat hat bag ball truck bike bird cat dog flower letter card phone plate "
-    "bowl bottle coin ring boat train horse"
-)
+THINGS = words("""
+    box book car chair cup door house table shirt coat hat bag ball truck bike bird cat dog flower letter card phone
+    plate bowl bottle coin ring boat train horse
+""")
 CLOZE = (
     "The {first} is {one} and the {second} is {two}. The color of the {asked} is",
     "There is a {first} and a {second}. The {first} is {one}, the {second} is {two}. The {asked} is",

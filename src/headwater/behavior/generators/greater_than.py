@@ -4,10 +4,10 @@ import random
 
 from headwater.behavior.generators import Made, Pair, draw, fill, generator, halves, last_word, one_of, words
 
-EVENTS = words(
-    "argument battle campaign conflict dynasty expedition festival journey plague project reign siege strike treaty trial "
-    "voyage war work storm visit"
-)
+EVENTS = words("""
+    argument battle campaign conflict dynasty expedition festival journey plague project reign siege strike treaty
+    trial voyage war work storm visit
+""")
 TEMPLATE = "The {event} lasted from the year {century}{year} to the year {century}"
 CENTURIES = [str(century) for century in range(11, 18)]
 YEARS = range(2, 98)

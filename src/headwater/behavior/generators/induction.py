@@ -6,13 +6,13 @@ import random
 from headwater.behavior.generators import Made, Pair, Spans, draw, generator, halves, whole, words
 
 # Common nouns, each one token after a space in most vocabularies; where one is several, it is so both times.
-WORDS = words(
-    "apple bird book box bridge car cat chair city cloud coffee cup day desk dog door field fire fish flower forest game "
-    "garden glass gold hand hat heart hill home horse house ice island key king lake letter light lion machine map market "
-    "milk mirror moon mountain mouse music night ocean paper park picture plane queen rain ring river road rock room rose "
-    "salt school sea ship shirt shoe silver sky snow song star stone storm street sugar summer sun table tea tiger tower "
-    "town train tree truck wall war water wheel wind window winter wood world"
-)
+WORDS = words("""
+    apple bird book box bridge car cat chair city cloud coffee cup day desk dog door field fire fish flower forest
+    game garden glass gold hand hat heart hill home horse house ice island key king lake letter light lion machine map
+    market milk mirror moon mountain mouse music night ocean paper park picture plane queen rain ring river road rock
+    room rose salt school sea ship shirt shoe silver sky snow song star stone storm street sugar summer sun table tea
+    tiger tower town train tree truck wall war water wheel wind window winter wood world
+""")
 
 
 @generator("induction")

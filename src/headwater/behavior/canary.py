@@ -106,8 +106,8 @@ def verdict(table: pl.DataFrame) -> dict[str, Any]:
         sentence = "the model knows the answer, and the format of multiple choice"
     elif answer:
         sentence = (
-            "the model knows the answer and not the format: it cannot pick an option even where the answer is said, so its "
-            "multiple-choice accuracy says nothing about what it knows"
+            "the model knows the answer and not the format: it cannot pick an option even where the answer is said, so "
+            "its multiple-choice accuracy says nothing about what it knows"
         )
     elif format_known:
         sentence = "the model knows the format of multiple choice and not the answer"

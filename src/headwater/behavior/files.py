@@ -280,9 +280,12 @@ def write_rows(frame: pl.DataFrame, path: str | os.PathLike[str], metadata: dict
                 for row in frame.iter_rows(named=True):
                     out.write(json.dumps(_plain(row, text=False), ensure_ascii=False) + "\n")
             else:
-                writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_MINIMAL)
-                writer.writerow(frame.columns)
-                writer.writerows(_plain(row, text=True).values() for row in frame.iter_rows(named=True))
+                rows = [list(_plain(row, text=True).values()) for row in frame.iter_rows(named=True)]
+                # The csv module quotes what looks like its own line ends; a lone carriage return ends a line for
+                # readers too.
+                lone = any("\r" in cell for row in rows for cell in row)
+                writer = csv.writer(out, lineterminator="\n", quoting=csv.QUOTE_ALL if lone else csv.QUOTE_MINIMAL)
+                writer.writerows([frame.columns, *rows])
     except OSError as error:
         raise BehaviorError(
             "cannot write the behavior",

@@ -57,7 +57,12 @@ def _config(name: str) -> Any:
     gemma = {**sized, "query_pre_attn_scalar": K, "sliding_window": 4096}
     gpt = {"n_embd": D, "n_layer": LAYERS, "n_head": H, "n_positions": 64}
     opt = {"ffn_dim": 48, "word_embed_proj_dim": D, "init_std": 0.2, "max_position_embeddings": 64}
-    granite = {"residual_multiplier": 0.3, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "logits_scaling": 2.0}
+    granite = {
+        "residual_multiplier": 0.3,
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+    }
     moe = {"num_local_experts": 4, "num_experts_per_tok": 2}
     return {
         "llama": lambda: tm.llama.LlamaConfig(**grouped),
@@ -115,7 +120,11 @@ class Layout:
         return head * K + own
 
 
-GEMMA = {"mlp_norm": "pre_feedforward_layernorm", "post_norm": "post_attention_layernorm", "mlp_write": "post_feedforward_layernorm"}
+GEMMA = {
+    "mlp_norm": "pre_feedforward_layernorm",
+    "post_norm": "post_attention_layernorm",
+    "mlp_write": "post_feedforward_layernorm",
+}
 LAYOUTS = {
     "llama": Layout(),
     "gpt2": Layout(
@@ -178,7 +187,14 @@ def pairs(n: int = 3, length: int = 6, prefix: int = 2, seed: int = 1) -> Group:
     answers = torch.randint(3, VOCAB, (n, 2), generator=generator)
     foils = (answers[:, :1] + 7) % VOCAB
     answers[0, 1] = -1
-    return Group(rows=list(range(n)), clean=clean, corrupt=corrupt, answers=answers, foils=foils, positions={"END": torch.full((n,), length - 1)})
+    return Group(
+        rows=list(range(n)),
+        clean=clean,
+        corrupt=corrupt,
+        answers=answers,
+        foils=foils,
+        positions={"END": torch.full((n,), length - 1)},
+    )
 
 
 def bound(*groups: Group) -> Any:
@@ -187,7 +203,16 @@ def bound(*groups: Group) -> Any:
     for group in groups:
         rows = list(range(start, start + len(group)))
         start += len(group)
-        out.append(Group(rows=rows, clean=group.clean, corrupt=group.corrupt, answers=group.answers, foils=group.foils, positions=group.positions))
+        out.append(
+            Group(
+                rows=rows,
+                clean=group.clean,
+                corrupt=group.corrupt,
+                answers=group.answers,
+                foils=group.foils,
+                positions=group.positions,
+            )
+        )
     return SimpleNamespace(groups=out, n=start)
 
 
@@ -215,10 +240,26 @@ class Plain:
             if change:
                 change(stack)
             for layer, block in enumerate(self.blocks):
-                stack.callback(block.register_forward_pre_hook(lambda _, a, k: seen["resid"].append(a[0] if a else k["hidden_states"]), with_kwargs=True).remove)
-                stack.callback(self.at(layer, self.layout.out_proj).register_forward_pre_hook(lambda _, a: seen["z"].append(a[0])).remove)
-                stack.callback(self.at(layer, self.layout.out_proj).register_forward_hook(lambda _, a, y: seen["o"].append(y)).remove)
-                stack.callback(self.at(layer, self.layout.mlp_write).register_forward_hook(lambda _, a, y: seen["mlp"].append(y[0] if isinstance(y, tuple) else y)).remove)
+                stack.callback(
+                    block.register_forward_pre_hook(
+                        lambda _, a, k: seen["resid"].append(a[0] if a else k["hidden_states"]), with_kwargs=True
+                    ).remove
+                )
+                stack.callback(
+                    self.at(layer, self.layout.out_proj)
+                    .register_forward_pre_hook(lambda _, a: seen["z"].append(a[0]))
+                    .remove
+                )
+                stack.callback(
+                    self.at(layer, self.layout.out_proj)
+                    .register_forward_hook(lambda _, a, y: seen["o"].append(y))
+                    .remove
+                )
+                stack.callback(
+                    self.at(layer, self.layout.mlp_write)
+                    .register_forward_hook(lambda _, a, y: seen["mlp"].append(y[0] if isinstance(y, tuple) else y))
+                    .remove
+                )
             stack.callback(self.final.register_forward_pre_hook(lambda _, a: seen.__setitem__("final", a[0])).remove)
             seen["logits"] = self.hf(input_ids=ids, use_cache=False).logits[:, -1]
         return seen
@@ -245,6 +286,7 @@ class Plain:
                     gain = norm.weight + 1 if norm.plus_one else norm.weight
                     write = write / deviation * gain.detach()
                 out[f"a{layer}.h{head}"] = write * self.layout.scale
+            # OPT's MLP works on [B T, D]
             out[f"m{layer}"] = seen["mlp"][layer].detach().reshape(out["input"].shape) * self.layout.scale
         return out
 
@@ -277,7 +319,14 @@ class Plain:
                         by_module.setdefault(self.at(layer, getattr(self.layout, part)), []).append((name, part, head))
                 for module, wanted in by_module.items():
 
-                    def made(_: Any, a: Any, y: Tensor, layer: int = layer, wanted: Any = wanted, here: dict[str, Tensor] = here) -> Tensor:
+                    def made(
+                        _: Any,
+                        a: Any,
+                        y: Tensor,
+                        layer: int = layer,
+                        wanted: Any = wanted,
+                        here: dict[str, Tensor] = here,
+                    ) -> Tensor:
                         y = y.clone()
                         for name, part, head in wanted:
                             rows, value = self.project(layer, part, head, readers[name](here["pre"]))
@@ -289,13 +338,25 @@ class Plain:
                     read = readers[f"m{layer}"]
                     if not self.layout.parallel and self.layout.mlp_norm is not None:
                         norm = self.at(layer, self.layout.mlp_norm)
-                        stack.callback(norm.register_forward_pre_hook(lambda _, a, read=read: (read(a[0]),)).remove)
+
+                        def into_norm(_: Any, a: Any, read: Any = read, here: Any = here) -> Any:
+                            return (read(a[0].reshape(here["pre"].shape)).reshape(a[0].shape),)
+
+                        stack.callback(norm.register_forward_pre_hook(into_norm).remove)
                     else:
                         path = self.layout.mlp_norm
 
-                        def entry(_: Any, a: Any, k: Any = None, layer: int = layer, read: Any = read, here: Any = here, path: Any = path) -> Any:
+                        def entry(
+                            _: Any,
+                            a: Any,
+                            k: Any = None,
+                            layer: int = layer,
+                            read: Any = read,
+                            here: Any = here,
+                            path: Any = path,
+                        ) -> Any:
                             stream = here["pre"] if path is not None else a[0]
-                            return (self.normed(layer, path, read(stream)),)
+                            return (self.normed(layer, path, read(stream)).reshape(a[0].shape),)
 
                         stack.callback(self.at(layer, self.layout.mlp).register_forward_pre_hook(entry).remove)
             if "logits" in readers:
@@ -304,7 +365,9 @@ class Plain:
         return change
 
 
-def plain_edge_scores(model: Model, name: str, group: Group, metric: Callable[..., Tensor], nodes: list[tuple[float, float]]) -> dict[tuple[str, str], Tensor]:
+def plain_edge_scores(
+    model: Model, name: str, group: Group, metric: Callable[..., Tensor], nodes: list[tuple[float, float]]
+) -> dict[tuple[str, str], Tensor]:
     """Edge scores by their definition: a stream of its own, to differentiate by, for every single reader.
 
     nodes: (place between counterfactual and clean of the stream that enters the first block, weight).
@@ -315,7 +378,9 @@ def plain_edge_scores(model: Model, name: str, group: Group, metric: Callable[..
     ours, theirs = plain.writes(clean), plain.writes(corrupt)
     for weight in model.hf.parameters():
         weight.requires_grad_(False)
-    names = [n for layer in range(LAYERS) for n in (*[r for r, _, _ in plain.reader_names(layer)], f"m{layer}")] + ["logits"]
+    names = [n for layer in range(LAYERS) for n in (*[r for r, _, _ in plain.reader_names(layer)], f"m{layer}")] + [
+        "logits"
+    ]
     total: dict[str, Tensor] = {}
     for node, weight in nodes:
         leaves: dict[str, Tensor] = {}

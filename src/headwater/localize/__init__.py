@@ -1,0 +1,49 @@
+"""Stage 2: which parts of a model cause a behavior. Patching, attribution, circuits and what they must beat.
+
+Names are resolved on first use, so that importing this room is cheap.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "patch": "patching",
+    "PatchingResult": "patching",
+    "atp": "nodes",
+    "eap": "attribution",
+    "eap_ig": "attribution",
+    "methods": "attribution",
+    "AttributionResult": "attribution",
+    "Circuit": "circuit",
+    "Graph": "graph",
+    "graph_of": "wiring",
+    "FaithfulnessResult": "faithfulness",
+    "MinimalityResult": "faithfulness",
+    "NullResult": "faithfulness",
+    "areas": "mib",
+}
+
+__all__ = [*_NAMES]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'headwater.localize' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"headwater.localize.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from headwater.localize.attribution import AttributionResult, eap, eap_ig, methods
+    from headwater.localize.circuit import Circuit
+    from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
+    from headwater.localize.graph import Graph
+    from headwater.localize.mib import areas
+    from headwater.localize.nodes import atp
+    from headwater.localize.patching import PatchingResult, patch
+    from headwater.localize.wiring import graph_of

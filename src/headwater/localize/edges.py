@@ -40,8 +40,20 @@ class EdgeScorer:
         self.graph, self.layers = engine.wiring.graph, engine.wiring.layers
         self.work = engine.work
         self.total = torch.zeros(self.graph.allowed.shape, dtype=torch.float64)
+        self._clean: list[Tensor] = []
+        self._corrupt: list[Tensor] = []
         self._folded: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
         self._written: dict[int, Tensor] = {}
+
+    @property
+    def mean_clean(self) -> float:
+        """The metric's mean on the prompts seen so far."""
+        return float(torch.cat(self._clean).double().mean())
+
+    @property
+    def mean_corrupt(self) -> float:
+        """The metric's mean on their counterfactuals."""
+        return float(torch.cat(self._corrupt).double().mean())
 
     # --- one batch
 
@@ -62,6 +74,8 @@ class EdgeScorer:
                 recorded.append((self._gradients(batch, clean, reference), at[1.0]))
             corrupt = engine.run(corrupt_ids, past, gradients=0.0 in at)
             assert corrupt.embed is not None  # noqa: S101
+            self._clean.append(self.metric(batch, reference, reference))
+            self._corrupt.append(self.metric(batch, corrupt.logits.detach(), reference))  # type: ignore[union-attr]
             if 0.0 in at:
                 recorded.append((self._gradients(batch, corrupt, reference), at[0.0]))
             between = [node for node in at if node not in (0.0, 1.0)]
@@ -156,7 +170,11 @@ class EdgeScorer:
     def write_differences(self, index: int, clean: Seen, corrupt: Seen, out: Tensor) -> None:
         """Write into `out` [H + 1, N, D] what each head and the MLP of a layer write more in the clean run."""
         layer, heads = self.layers[index], self.graph.n_heads
-        torch.bmm(head_values(layer, clean, index, self.work) - head_values(layer, corrupt, index, self.work), self.out_weight(index), out=out[:heads])
+        torch.bmm(
+            head_values(layer, clean, index, self.work) - head_values(layer, corrupt, index, self.work),
+            self.out_weight(index),
+            out=out[:heads],
+        )
         constant = post_norm_constant(layer, clean, corrupt, index, self.work)
         if constant is not None:
             out[:heads] += constant / heads

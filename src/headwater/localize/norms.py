@@ -90,7 +90,9 @@ def measure_norm(module: nn.Module | None, width: int) -> Norm:
         return Norm(module, "module")
     tolerance = _TOLERANCE.get(dtype, 1e-2)
     best, norm = tolerance, Norm(module, "module")
-    named = [float(getattr(module, name)) for name in ("eps", "variance_epsilon", "norm_eps") if _is_number(module, name)]
+    named = [
+        float(getattr(module, name)) for name in ("eps", "variance_epsilon", "norm_eps") if _is_number(module, name)
+    ]
     for eps in dict.fromkeys([*named, 1e-5, 1e-6, 1e-12, 1e-8]):  # some modules keep theirs in the code
         for kind in ("rms", "layer"):
             for plus_one in (False, True):

@@ -115,9 +115,18 @@ class Engine:
         return past
 
     def watch(
-        self, stack: ExitStack, seen: Seen, *, enter: Callable[[Tensor], Tensor | None] | None = None, gradients: bool = True
+        self,
+        stack: ExitStack,
+        seen: Seen,
+        *,
+        enter: Callable[[Tensor], Tensor | None] | None = None,
+        readers: bool = True,
+        gradients: bool = True,
     ) -> None:
-        """Have the passes until `stack` closes fill `seen`. `enter` may replace the stream that enters the first block."""
+        """Have the passes until `stack` closes fill `seen`. `enter` may replace the stream that enters the first block.
+
+        readers: also keep what readers read and projections make; gradients: ready to be differentiated by.
+        """
 
         def first(x: Tensor) -> Tensor | None:
             new = enter(x) if enter else None
@@ -128,10 +137,18 @@ class Engine:
         for layer in self.wiring.layers:
             made: dict[nn.Module, Tensor] = {}
             seen.made.append(made)
-            if gradients:
+            if readers:
                 for module in layer.projections:
                     on_output(stack, module, lambda y, made=made, module=module: made.__setitem__(module, y))
                 self._watch_streams(stack, layer, seen)
+            if gradients:
+
+                def own(x: Tensor) -> Tensor:
+                    # attention may read this very tensor: a view is a tensor of its own to differentiate by
+                    seen.mlp_in.append(x.view_as(x))
+                    return seen.mlp_in[-1]
+
+                on_port(stack, layer.mlp.entry, own)
             stack.callback(on_input(layer.attention.out_proj, lambda z: seen.z.append(z.detach())).remove)
             if layer.post_norm.module is not None:
                 on_output(stack, layer.attention.out_proj, lambda y: seen.mixed.append(y.detach()))
@@ -152,16 +169,25 @@ class Engine:
             stack.callback(on_input(layer.mlp_norm.module, lambda x: seen.mlp_stream.append(x.detach())).remove)
         else:
             on_port(stack, layer.mlp.entry, lambda x: seen.mlp_stream.append(x.detach()))
-        on_port(stack, layer.mlp.entry, lambda x: seen.mlp_in.append(x))
 
-    def run(self, ids: Tensor, past: Any, *, enter: Callable[[Tensor], Tensor | None] | None = None, gradients: bool = False) -> Seen:
+    def run(
+        self,
+        ids: Tensor,
+        past: Any,
+        *,
+        enter: Callable[[Tensor], Tensor | None] | None = None,
+        readers: bool = False,
+        gradients: bool = False,
+    ) -> Seen:
         """One pass over the positions after the prefix, and what it saw; recorded by autograd if `gradients`."""
         seen = Seen()
         with ExitStack() as stack, torch.set_grad_enabled(gradients):
             start = enter
             if gradients:
-                start = lambda x: (x if enter is None or (new := enter(x)) is None else new).detach().requires_grad_(True)  # noqa: E731
-            self.watch(stack, seen, enter=start, gradients=gradients)
+                start = lambda x: (
+                    (x if enter is None or (new := enter(x)) is None else new).detach().requires_grad_(True)
+                )  # noqa: E731
+            self.watch(stack, seen, enter=start, readers=readers or gradients, gradients=gradients)
             seen.logits = self.forward(ids, past)
         return seen
 
@@ -229,7 +255,9 @@ class Scored:
         metric = metric_named(name)
         if differentiable and name in STEPS:
             raise MethodError(
-                f"the metric {name} has no gradient", wanted="logit_diff, prob_diff or kl", fix="Use patching, which needs none"
+                f"the metric {name} has no gradient",
+                wanted="logit_diff, prob_diff or kl",
+                fix="Use patching, which needs none",
             )
         return cls(name, metric)
 
@@ -266,9 +294,17 @@ def can_reuse_prefix(engine: Engine) -> bool:
             whole = engine.forward(ids)
             try:
                 split = engine.forward(ids[:, 4:], engine.cache(ids[:, :4]))
-            except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # models without such a cache differ in how
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                AttributeError,
+                IndexError,
+            ):  # models without such a cache differ in how
                 split = None
-        error = float("inf") if split is None else float((split - whole).abs().max() / whole.abs().max().clamp(min=1e-9))
+        error = (
+            float("inf") if split is None else float((split - whole).abs().max() / whole.abs().max().clamp(min=1e-9))
+        )
         _reuses[engine.hf] = error < {torch.float64: 1e-6, torch.float32: 1e-3}.get(whole.dtype, 5e-2)
     return _reuses[engine.hf]
 

@@ -158,7 +158,8 @@ def _measure_layers(hf: nn.Module, name: str, blocks: tuple[Block, ...], width: 
             signature = tuple((names[m], tuple(m.weight.shape)) for m in linears)  # type: ignore[union-attr]
             if signature not in signatures:
                 signatures[signature] = {
-                    part: _rows(name, block.index, part, qkv[part], linears, names, outputs, inputs) for part in ("q", "k", "v")
+                    part: _rows(name, block.index, part, qkv[part], linears, names, outputs, inputs)
+                    for part in ("q", "k", "v")
                 }
             by_name = {path: module for module, path in names.items()}
             parts = {part: Part(by_name[path], rows) for part, (path, rows) in signatures[signature].items()}
@@ -189,7 +190,9 @@ def _catch_qkv(stack: ExitStack, blocks: tuple[Block, ...], seen: list[dict[str,
         attention = block.attention
         assert attention is not None  # noqa: S101
 
-        def handler(original: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, _store: Any = store, **kw: Any) -> Any:
+        def handler(
+            original: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, _store: Any = store, **kw: Any
+        ) -> Any:
             _store.update(q=q, k=k, v=v)
             return original(module, q, k, v, mask, **kw)
 
@@ -240,7 +243,9 @@ def _rows(
         if rows is None:
             continue
         if any(len(r) != width for r in rows):
-            behind = next((m for m in names if m in outputs and m is not module and inputs.get(m) is outputs[module]), None)
+            behind = next(
+                (m for m in names if m in outputs and m is not module and inputs.get(m) is outputs[module]), None
+            )
             rows = support(outputs[behind]) if behind is not None else None
         if rows is None or any(len(r) != width for r in rows) or len(torch.cat(rows).unique()) != heads * width:
             break
@@ -252,7 +257,12 @@ def _rows(
 
 
 def _post_norm(
-    name: str, layer: int, attention: Attention, outputs: dict[nn.Module, Any], inputs: dict[nn.Module, Tensor], width: int
+    name: str,
+    layer: int,
+    attention: Attention,
+    outputs: dict[nn.Module, Any],
+    inputs: dict[nn.Module, Tensor],
+    width: int,
 ) -> Norm:
     """The norm between the output projection and the stream (Gemma2, OLMo2), if there is one."""
     module = attention.write.port.module

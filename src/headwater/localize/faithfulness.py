@@ -1,0 +1,299 @@
+"""How good a circuit is: faithfulness with its interval, completeness, minimality, its curve over sizes, and its null."""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import polars as pl
+import torch
+from torch import Tensor
+
+from headwater.core.errors import MethodError
+from headwater.core.progress import track
+from headwater.core.results import Provenance, Result, register_result
+from headwater.localize.circuit import Circuit
+from headwater.localize.evaluate import CircuitRunner
+from headwater.localize.graph import Graph
+from headwater.localize.mib import FRACTIONS, areas
+from headwater.localize.nulls import p_value, random_circuits
+from headwater.localize.passes import Engine, Scored, all_values, can_reuse_prefix, make_batches, tokens_at_once
+from headwater.localize.selection import Rank, edge_budget, prune, select
+from headwater.localize.stats import ratio
+
+if TYPE_CHECKING:
+    from headwater.behavior.table import Behavior
+    from headwater.core.model import Model
+
+
+@register_result
+class FaithfulnessResult(Result):
+    """`tables["curve"]`: fraction, edges, faithfulness, lo, hi, metric (its name), value (its mean); one row a circuit.
+
+    facts: faithfulness, lo, hi (of the last row), full and corrupt (the metric's mean on prompt and counterfactual), n pairs,
+    and for a curve cpr and cmd. `tensors`: values [circuits, n], clean [n], corrupt [n].
+    """
+
+    kind: ClassVar[str] = "faithfulness"
+    main: ClassVar[str] = "curve"
+
+    @property
+    def value(self) -> float:
+        """Faithfulness of the circuit (of a curve: of its largest)."""
+        return float(self.facts["faithfulness"])
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Its 95% bootstrap interval over pairs."""
+        return float(self.facts["lo"]), float(self.facts["hi"])
+
+
+@register_result
+class NullResult(Result):
+    """`tables["draws"]`: kind, draw, value (faithfulness of a random circuit). facts: observed, p, percentile, and p by kind.
+
+    A draw counts as at least as good when its faithfulness is at least as close to 1; p is the largest over the kinds.
+    """
+
+    kind: ClassVar[str] = "null"
+    main: ClassVar[str] = "draws"
+
+    @property
+    def p(self) -> float:
+        return float(self.facts["p"])
+
+
+@register_result
+class MinimalityResult(Result):
+    """`tables["nodes"]`: node, faithfulness (of the circuit without it), drop, lo, hi: what the node brings to the circuit."""
+
+    kind: ClassVar[str] = "minimality"
+    main: ClassVar[str] = "nodes"
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """A metric pair by pair: clean and corrupt [n], circuits [circuits, n], rows of the behavior's frame."""
+
+    rows: list[int]
+    clean: Tensor
+    corrupt: Tensor
+    circuits: Tensor
+
+    def faithfulness(self, index: int) -> tuple[float, float, float]:
+        """(value, low, high) of one circuit."""
+        return ratio(self.circuits[index] - self.corrupt, self.clean - self.corrupt)
+
+
+def evaluate_masks(
+    model: "Model",
+    behavior: "Behavior",
+    masks: Sequence[Tensor],
+    *,
+    metric: str,
+    label: str = "circuits",
+    memory_mb: float | None = None,
+) -> Values:
+    """The metric of many circuits (masks [sources, readers]) on a behavior's pairs, all on one counterfactual pass a batch.
+
+    Raises MethodError where prompt and counterfactual give the same metric, so that no circuit can account for the difference.
+    """
+    engine, scored = Engine(model), Scored.named(metric)
+    graph = engine.wiring.graph
+    bound = behavior.bind(model)
+    widest = max((int(mask.any(dim=1).sum()) for mask in masks), default=0)
+    floats = graph.d_model * (widest + 2 * graph.per_layer + 16 * graph.n_layers)
+    batches = make_batches(bound, tokens_at_once(model, floats, memory_mb), reuse_prefix=can_reuse_prefix(engine))
+    runner = CircuitRunner(engine, scored)
+    found = [runner.values(batch, masks) for batch in track(batches, label)]
+    rows, clean = all_values(batches, [f.clean for f in found])
+    _, corrupt = all_values(batches, [f.corrupt for f in found])
+    circuits = [all_values(batches, [f.circuits[i] for f in found])[1] for i in range(len(masks))]
+    if float((clean - corrupt).mean()) == 0.0:
+        raise MethodError(
+            f"{metric} is the same on prompts and counterfactuals, so faithfulness is not defined",
+            got=float(clean.mean()),
+        )
+    stacked = torch.stack(circuits) if circuits else torch.zeros(0, len(rows), dtype=torch.float64)
+    return Values(rows, clean, corrupt, stacked)
+
+
+def faithfulness(
+    circuit: Circuit, behavior: "Behavior", *, metric: str = "logit_diff", model: "Model | None" = None
+) -> FaithfulnessResult:
+    """See `Circuit.faithfulness`."""
+    return _judge("faithfulness", [circuit.mask], circuit.graph, model or circuit.model, behavior, metric)
+
+
+def completeness(
+    circuit: Circuit, behavior: "Behavior", *, metric: str = "logit_diff", model: "Model | None" = None
+) -> FaithfulnessResult:
+    """See `Circuit.completeness`."""
+    outside = circuit.graph.allowed & ~circuit.mask
+    return _judge("completeness", [outside], circuit.graph, model or circuit.model, behavior, metric)
+
+
+def curve(
+    graph: Graph,
+    scores: Tensor,
+    model: "Model",
+    behavior: "Behavior",
+    *,
+    metric: str = "logit_diff",
+    fractions: Sequence[float] = FRACTIONS,
+    rank: Rank = "abs",
+    how: str = "topn",
+) -> FaithfulnessResult:
+    """Faithfulness of the circuits of each size cut from a ranking of edges, and MIB's areas under the curve."""
+    masks = [select(graph, scores, fraction=f, rank=rank, how=how) for f in fractions]  # type: ignore[arg-type]
+    result = _judge("curve", masks, graph, model, behavior, metric, fractions=fractions)
+    result.facts |= {"rank": rank, "how": how}
+    if len(fractions) > 1:
+        cpr, cmd = areas(result.tables["curve"]["faithfulness"].to_list(), fractions)
+        result.facts |= {"cpr": cpr, "cmd": cmd}
+    return result
+
+
+def _judge(
+    what: str,
+    masks: Sequence[Tensor],
+    graph: Graph,
+    model: "Model",
+    behavior: "Behavior",
+    metric: str,
+    *,
+    fractions: Sequence[float] | None = None,
+) -> FaithfulnessResult:
+    started = time.monotonic()
+    values = evaluate_masks(model, behavior, masks, metric=metric, label=what)
+    kept = [int(prune(graph, mask).sum()) for mask in masks]
+    shares = list(fractions) if fractions is not None else [n / graph.n_edges for n in kept]
+    judged = [values.faithfulness(i) for i in range(len(masks))]
+    table = pl.DataFrame(
+        {
+            "fraction": shares,
+            "edges": kept,
+            "asked": [edge_budget(graph, None, f) for f in fractions]
+            if fractions is not None
+            else [int(m.sum()) for m in masks],
+            "faithfulness": [f for f, _, _ in judged],
+            "lo": [low for _, low, _ in judged],
+            "hi": [high for _, _, high in judged],
+            "metric": [metric] * len(masks),
+            "value": values.circuits.mean(dim=1).tolist(),
+        }
+    )
+    value, low, high = judged[-1]
+    facts = {
+        "what": what,
+        "faithfulness": value,
+        "lo": low,
+        "hi": high,
+        "metric": metric,
+        "circuit": float(values.circuits[-1].mean()),
+        "full": float(values.clean.mean()),
+        "corrupt": float(values.corrupt.mean()),
+        "n": len(values.rows),
+        "edges": kept[-1],
+        "n_total_edges": graph.n_edges,
+    }
+    return FaithfulnessResult(
+        tables={"curve": table},
+        tensors={"values": values.circuits, "clean": values.clean, "corrupt": values.corrupt},
+        facts=facts,
+        config={"metric": metric, "what": what},
+        provenance=Provenance.collect(model, behavior, seconds=time.monotonic() - started),
+    )
+
+
+def minimality(
+    circuit: Circuit,
+    behavior: "Behavior",
+    *,
+    metric: str = "logit_diff",
+    nodes: Iterable[str] | None = None,
+    model: "Model | None" = None,
+) -> MinimalityResult:
+    """See `Circuit.minimality`. `nodes`: which ones to leave out one at a time (all but input and logits by default)."""
+    started = time.monotonic()
+    used = model or circuit.model
+    left_out = list(nodes) if nodes is not None else [n for n in circuit.nodes if n not in ("input", "logits")]
+    masks = [circuit.mask, *(circuit.without(node).mask for node in left_out)]
+    values = evaluate_masks(used, behavior, masks, metric=metric, label="minimality")
+    whole = values.clean - values.corrupt
+    drops = [ratio(values.circuits[0] - values.circuits[i + 1], whole) for i in range(len(left_out))]
+    table = pl.DataFrame(
+        {
+            "node": left_out,
+            "faithfulness": [values.faithfulness(i + 1)[0] for i in range(len(left_out))],
+            "drop": [drop for drop, _, _ in drops],
+            "lo": [low for _, low, _ in drops],
+            "hi": [high for _, _, high in drops],
+        },
+        schema={"node": pl.String, "faithfulness": pl.Float64, "drop": pl.Float64, "lo": pl.Float64, "hi": pl.Float64},
+    ).sort("drop", descending=True)
+    value, low, high = values.faithfulness(0)
+    return MinimalityResult(
+        tables={"nodes": table},
+        facts={
+            "faithfulness": value,
+            "lo": low,
+            "hi": high,
+            "metric": metric,
+            "n": len(values.rows),
+            "nodes": len(left_out),
+        },
+        config={"metric": metric},
+        provenance=Provenance.collect(used, behavior, seconds=time.monotonic() - started),
+    )
+
+
+def null(
+    circuit: Circuit,
+    behavior: "Behavior",
+    *,
+    n: int = 100,
+    metric: str = "logit_diff",
+    kinds: Iterable[str] = ("edges", "heads"),
+    seed: int = 0,
+    model: "Model | None" = None,
+) -> NullResult:
+    """See `Circuit.null`."""
+    started = time.monotonic()
+    used, kinds = model or circuit.model, list(kinds)
+    if n < 1 or not kinds:
+        raise MethodError("a null needs draws", got=f"n={n}, kinds={kinds}", wanted="n of at least 1 and a kind")
+    drawn = [
+        (kind, mask) for kind in kinds for mask in random_circuits(circuit.graph, circuit.mask, n, kind=kind, seed=seed)
+    ]
+    values = evaluate_masks(used, behavior, [circuit.mask, *(mask for _, mask in drawn)], metric=metric, label="null")
+    whole = float((values.clean - values.corrupt).mean())
+    found = [float((row - values.corrupt).mean()) / whole for row in values.circuits]
+    observed, draws = found[0], found[1:]
+    table = pl.DataFrame(
+        {"kind": [kind for kind, _ in drawn], "draw": list(range(n)) * len(kinds), "value": draws},
+        schema={"kind": pl.String, "draw": pl.Int64, "value": pl.Float64},
+    )
+    by_kind = {}
+    for kind in kinds:
+        own = [-abs(1 - value) for (k, _), value in zip(drawn, draws, strict=True) if k == kind]
+        by_kind[kind] = p_value(-abs(1 - observed), own)
+    _, low, high = values.faithfulness(0)
+    facts = {
+        "observed": observed,
+        "lo": low,
+        "hi": high,
+        "p": max(by_kind.values()),
+        "percentile": sum(abs(1 - value) > abs(1 - observed) for value in draws) / len(draws),
+        "mean": sum(draws) / len(draws),
+        "n": len(values.rows),
+        "draws": len(draws),
+        "metric": metric,
+        **{f"p_{kind}": p for kind, p in by_kind.items()},
+    }
+    return NullResult(
+        tables={"draws": table},
+        facts=facts,
+        config={"n": n, "metric": metric, "kinds": kinds, "seed": seed},
+        provenance=Provenance.collect(used, behavior, seed=seed, seconds=time.monotonic() - started),
+    )

@@ -1,15 +1,16 @@
 """One way into every attention: the function that transformers calls, seen and edited.
 
-transformers' models hand q, k and v, split by head, to a function that is looked up by the name of the attention implementation. While a
-session is open, that name leads to `_dispatch`, which knows its own modules and hands every other call through. The config of the
-user's model is never touched, so no branch in the model's code changes, and masks are made as they always are.
+transformers' models hand q, k and v, split by head, to a function that is looked up by the name of the attention
+implementation. While a session is open, that name leads to `_dispatch`, which knows its own modules and hands every
+other call through. The config of the user's model is never touched, so no branch in the model's code changes, and masks
+are made as they always are.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,7 +56,7 @@ def _dispatcher(name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def attention_session(handlers: dict[nn.Module, Handler], names: set[str]) -> Iterator[None]:
+def attention_session(handlers: dict[nn.Module, Handler], names: set[str]) -> Generator[None]:
     """Send the attention calls of these modules through their handlers; everything is put back on the way out.
 
     names: the attention implementations that the modules' configs name ("sdpa", "eager", ...).
@@ -63,7 +64,8 @@ def attention_session(handlers: dict[nn.Module, Handler], names: set[str]) -> It
     global _open
     from transformers.modeling_utils import AttentionInterface
 
-    mapping = AttentionInterface._global_mapping
+    # Its instances delete only from a mapping of their own, so there is no public way to take a name out again.
+    mapping = AttentionInterface._global_mapping  # pyright: ignore[reportPrivateUsage]
     with _lock:
         _open += 1
         for name in names:
@@ -91,8 +93,9 @@ def attention_session(handlers: dict[nn.Module, Handler], names: set[str]) -> It
 
 
 @contextmanager
-def method_session(handlers: dict[nn.Module, Handler], methods: dict[nn.Module, str]) -> Iterator[None]:
-    """The same for modules that compute attention in a method of their own (GPT-J): the method is shadowed on the instance."""
+def method_session(handlers: dict[nn.Module, Handler], methods: dict[nn.Module, str]) -> Generator[None]:
+    """The same for modules that compute attention in a method of their own (GPT-J): the method is shadowed on the
+    instance."""
     shadowed: list[tuple[nn.Module, str]] = []
     try:
         for module, handler in handlers.items():
@@ -160,7 +163,8 @@ def attend_plainly(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with its weights kept: (out [B, T, H, K], pattern [B, H, T, S]), by the model's own plain function.
 
-    A mask made for another implementation (boolean, or left out because the kernel knows it is causal) is first made additive.
+    A mask made for another implementation (boolean, or left out because the kernel knows it is causal) is first made
+    additive.
     """
     causal = kwargs.pop("is_causal", None)
     causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 class HeadwaterError(Exception):
     """A mistake that its reader can mend.
 
-    `what` names the operation and what went wrong; `got`, `wanted` and `fix` complete the paragraph. The command line prints it
-    without a traceback and leaves with `exit_code`.
+    `what` names the operation and what went wrong; `got`, `wanted` and `fix` complete the paragraph. The command line
+    prints it without a traceback and leaves with `exit_code`.
     """
 
     exit_code = 2

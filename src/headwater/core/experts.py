@@ -1,8 +1,9 @@
-"""Neurons of mixtures of experts: experts are fused three-dimensional parameters, so their neurons pass no module of their own."""
+"""Neurons of mixtures of experts: experts are fused three-dimensional parameters, so their neurons pass no module of
+their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +15,7 @@ Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
-def experts_session(edits: dict[nn.Module, Edit], *, whole: bool = False) -> Iterator[None]:
+def experts_session(edits: dict[nn.Module, Edit], *, whole: bool = False) -> Generator[None]:
     """Show each experts module's neurons to its function, and let what that returns replace them.
 
     whole: compute the module's output from the neurons (for gradients), not as its own output plus the change.

@@ -1,4 +1,5 @@
-"""Interventions: frozen values that say what happens at a site. Applied by `model.run(..., interventions=)` or inside `model.intervene(...)`."""
+"""Interventions: frozen values that say what happens at a site. Applied by `model.run(..., interventions=)` or inside
+`model.intervene(...)`."""
 
 from __future__ import annotations
 
@@ -23,11 +24,12 @@ class Intervention:
     """What happens at a site.
 
     site: a site or a pattern (`mlp_out.*`); every site it means is edited.
-    op: what is done to the values there (`x`): replace: `value` · zero: 0 · add: `x + scale * value` · project_out: x without its part in
-        the span of `value` [R, width] · swap_subspace: x with its part in that span taken from `source` · clamp: x within [low, high], along
-        the direction `value` if there is one.
-    positions: which tokens. None: those of the site's `@pos`, else all. Absolute, counted from the prompt's first token, also while
-        generating with a cache; negative: from the prompt's end. "prompt" and "decode" are the given and the generated tokens.
+    op: what is done to the values there (`x`): replace: `value` · zero: 0 · add: `x + scale * value` · project_out: x
+        without its part in the span of `value` [R, width] · swap_subspace: x with its part in that span taken from
+        `source` · clamp: x within [low, high], along the direction `value` if there is one.
+    positions: which tokens. None: those of the site's `@pos`, else all. Absolute, counted from the prompt's first
+        token, also while generating with a cache; negative: from the prompt's end. "prompt" and "decode" are the given
+        and the generated tokens.
     """
 
     site: Site
@@ -125,12 +127,14 @@ def zero(site: str | Site, *, positions: Where = None) -> Intervention:
 
 
 def replace(site: str | Site, value: Any, *, positions: Where = None, label: str = "") -> Intervention:
-    """Put `value` in place of what a site holds; it broadcasts to the selected values (a first axis of prompts stays with its prompts)."""
+    """Put `value` in place of what a site holds; it broadcasts to the selected values (a first axis of prompts stays
+    with its prompts)."""
     return Intervention(site=_site(site), op="replace", value=value, positions=positions, label=label)
 
 
 def mean(site: str | Site, over: Run | Any, *, positions: Where = None) -> Intervention:
-    """Replace a site by its mean over prompts: over those of a Run that captured it, or a mean that is given as a tensor.
+    """Replace a site by its mean over prompts: over those of a Run that captured it, or a mean that is given as a
+    tensor.
 
     From a Run the mean is over prompts, position by position (all prompts must then have the same length).
     """

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -58,7 +58,8 @@ class Run:
         return str(Site.parse(site)) in self._values
 
     def grads(self, of: torch.Tensor, sites: Sequence[str | Site] | None = None) -> dict[str, torch.Tensor]:
-        """Gradients of a scalar with respect to captured sites, in the sites' own layout. Needs `grad=True` and one batch.
+        """Gradients of a scalar with respect to captured sites, in the sites' own layout. Needs `grad=True` and one
+        batch.
 
         The gradient of `head.L.hN` is that of the stream its write is added to.
         """
@@ -83,8 +84,8 @@ class Run:
 class Model:
     """A loaded transformers model with its tokenizer and its anatomy.
 
-    With no capture and no intervention asked for, outputs are the model's own, bit for bit. The model object is never changed: hooks are
-    on only while a run or an `intervene` block lasts, and no config is touched.
+    With no capture and no intervention asked for, outputs are the model's own, bit for bit. The model object is never
+    changed: hooks are on only while a run or an `intervene` block lasts, and no config is touched.
     """
 
     def __init__(self, hf: Any, tokenizer: Any = None, *, name: str | None = None, processor: Any = None) -> None:
@@ -99,7 +100,7 @@ class Model:
         self._takes = set(inspect.signature(hf.forward).parameters)
         check_sites(self)
 
-    # --- what it is -----------------------------------------------------------------------------------------------------
+    # --- what it is ---------------------------------------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +154,8 @@ class Model:
         """A short hash of config and weights: what a stored number was measured on."""
         from headwater.core.fingerprint import fingerprint
 
-        # Reading every weight takes about a second at 135M; autograd's version counter says whether one was changed in place.
+        # Reading every weight takes about a second at 135M; autograd's version counter says whether one was changed in
+        # place.
         state = [p for p in (*self.hf.parameters(), *self.hf.buffers()) if not p.is_inference()]
         key = tuple((p.data_ptr(), p._version) for p in state)
         if self._fingerprint is None or self._fingerprint[0] != key:
@@ -161,9 +163,10 @@ class Model:
         return self._fingerprint[1]
 
     def __repr__(self) -> str:
-        return f"Model({self.name!r}, {self.anatomy.family}, {self.n_layers} layers, d_model {self.d_model}, {self.dtype}, {self.device})"
+        size = f"{self.n_layers} layers, d_model {self.d_model}"
+        return f"Model({self.name!r}, {self.anatomy.family}, {size}, {self.dtype}, {self.device})"
 
-    # --- sites ----------------------------------------------------------------------------------------------------------
+    # --- sites --------------------------------------------------------------------------------------------------------
 
     def sites(self, pattern: str | Site = "*") -> list[Site]:
         """The whole sites (no head, no position) that this model has, or those of them that a pattern means."""
@@ -179,7 +182,8 @@ class Model:
         return found if pattern == "*" else [site for site in found if site.matches(Site.parse(pattern).whole)]
 
     def resolve(self, pattern: str | Site) -> list[Site]:
-        """The concrete sites that a site or pattern means in this model, with head, expert and position kept. Raises if there is none."""
+        """The concrete sites that a site or pattern means in this model, with head, expert and position kept. Raises if
+        there is none."""
         wanted = Site.parse(pattern)
         main = self.anatomy.main.prefix
         if not wanted.stack and main and wanted.kind != "logits":
@@ -241,10 +245,11 @@ class Model:
             return SiteError(f"{self.name} has no layer {site.layer}, asked for in {site}", wanted=f"0 to {layers - 1}")
         return SiteError(f"{self.name} has no site {site}", wanted=did_you_mean(str(site), map(str, known)))
 
-    # --- inputs ---------------------------------------------------------------------------------------------------------
+    # --- inputs -------------------------------------------------------------------------------------------------------
 
     def tokens(self, prompts: Any) -> list[torch.Tensor]:
-        """Token ids, one tensor [T] a prompt: the tokenizer's own (nothing is prepended that it does not prepend itself)."""
+        """Token ids, one tensor [T] a prompt: the tokenizer's own (nothing is prepended that it does not prepend
+        itself)."""
         if isinstance(prompts, str):
             prompts = [prompts]
         if isinstance(prompts, torch.Tensor):
@@ -276,7 +281,7 @@ class Model:
                 )
         return tokens
 
-    # --- running --------------------------------------------------------------------------------------------------------
+    # --- running ------------------------------------------------------------------------------------------------------
 
     def run(
         self,
@@ -292,11 +297,13 @@ class Model:
     ) -> Run:
         """Run prompts and keep what is asked for.
 
-        inputs: text, texts, token ids, or a dict of the model's own inputs (then as one batch, untouched). capture: sites or patterns.
-        logits: "all" positions, the "last" one only, or "none" (then the forward ends at the last layer that is needed). grad: record for
-        autograd, with weights frozen and the stream entering the first block as the leaf; otherwise everything runs in inference mode.
-        positions: named positions, one index a prompt. stop_after: a site after whose layer the forward ends. Prompts of several lengths
-        run in groups of equal length, so nothing is padded; results come back in the given order.
+        inputs: text, texts, token ids, or a dict of the model's own inputs (then as one batch, untouched). capture:
+        sites or patterns.
+        logits: "all" positions, the "last" one only, or "none" (then the forward ends at the last layer that is
+        needed). grad: record for autograd, with weights frozen and the stream entering the first block as the leaf;
+        otherwise everything runs in inference mode.
+        positions: named positions, one index a prompt. stop_after: a site after whose layer the forward ends. Prompts
+        of several lengths run in groups of equal length, so nothing is padded; results come back in the given order.
 
         Raises SiteError for a site that this model lacks, or an intervention that never fired.
         """
@@ -417,21 +424,26 @@ class Model:
             ids = arguments.get("decoder_input_ids", arguments.get("input_ids"))
             for place, row in enumerate(rows):
                 tokens[row] = ids[place] if isinstance(ids, torch.Tensor) else None
-        run = Run(tokens, captured=sites, output=parts[0][3] if len(parts) == 1 else None)
-        run._kept = [kept for _, kept, _, _ in parts]
-        for site in sites:
-            run._values[str(site)] = _in_order([(rows, kept[str(site)].value) for rows, kept, _, _ in parts])
+        names = [str(site) for site in sites]
+        run = Run(
+            tokens,
+            captured=sites,
+            output=parts[0][3] if len(parts) == 1 else None,
+            _values={name: _in_order([(rows, kept[name].value) for rows, kept, _, _ in parts]) for name in names},
+            _kept=[kept for _, kept, _, _ in parts],
+        )
         if all(found is not None for _, _, found, _ in parts):
             run.logits = _in_order([(rows, found) for rows, _, found, _ in parts])
         return run
 
-    # --- intervening ----------------------------------------------------------------------------------------------------
+    # --- intervening --------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def intervene(
         self, *interventions: Intervention, positions: dict[str, torch.Tensor] | None = None
-    ) -> Iterator[Model]:
-        """Inside this block the interventions hold, for `run`, `generate` and calls of the model itself. Blocks nest; the inner one adds."""
+    ) -> Generator[Model]:
+        """Inside this block the interventions hold, for `run`, `generate` and calls of the model itself. Blocks nest;
+        the inner one adds."""
         outer = self._active[-1].interventions if self._active else []
         concrete = [*outer, *self._concrete(interventions)]
         window = Window(open_ended=True, named={k: torch.as_tensor(v) for k, v in (positions or {}).items()})
@@ -446,7 +458,7 @@ class Model:
             self._check_fired(concrete, session.fired, [], [])
 
     @contextlib.contextmanager
-    def _suspended(self) -> Iterator[None]:
+    def _suspended(self) -> Generator[None]:
         """Hooks of the enclosing `intervene` blocks rest: what runs inside carries their interventions itself."""
         before = [session.enabled for session in self._active]
         for session in self._active:
@@ -466,10 +478,11 @@ class Model:
         positions: dict[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The continuation of a prompt (a list of them for several), greedy unless told otherwise (`do_sample=True`, `temperature=` ...).
+        """The continuation of a prompt (a list of them for several), greedy unless told otherwise (`do_sample=True`,
+        `temperature=` ...).
 
-        Positions of interventions are absolute and hold under the key/value cache: `@3` is the prompt's fourth token in every step.
-        Returns text, or lists of token ids where there is no tokenizer.
+        Positions of interventions are absolute and hold under the key/value cache: `@3` is the prompt's fourth token in
+        every step. Returns text, or lists of token ids where there is no tokenizer.
         """
         from transformers import GenerationConfig
 
@@ -527,7 +540,7 @@ def _in_order(parts: list[tuple[list[int], torch.Tensor]]) -> Any:
 
 
 @contextlib.contextmanager
-def _frozen(hf: Any) -> Iterator[None]:
+def _frozen(hf: Any) -> Generator[None]:
     """No gradient of a weight: they are not asked for, and would cost as much again."""
     asked = [p for p in hf.parameters() if p.requires_grad]
     for parameter in asked:

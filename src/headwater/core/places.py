@@ -25,10 +25,12 @@ def token_axis(kind: str) -> int:
 
 @dataclass
 class Window:
-    """What part of each prompt one forward covers: tokens `offset` to `offset + n`, of prompts that are `prompt_length` long.
+    """What part of each prompt one forward covers: tokens `offset` to `offset + n`, of prompts that are `prompt_length`
+    long.
 
     rows: which of the caller's prompts are in this batch. named: position names -> [n_prompts] indices.
-    open_ended: whether more tokens may follow (generation), so that a position beyond this forward is not yet a mistake.
+    open_ended: whether more tokens may follow (generation), so that a position beyond this forward is not yet a
+    mistake.
     """
 
     rows: torch.Tensor | None = None
@@ -39,7 +41,8 @@ class Window:
     named: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def locate(self, where: Any, n_tokens: int, what: object) -> Any:
-        """Indices along the token axis: `slice`, int, LongTensor, or (rows, columns) where each prompt has its own; None: not here."""
+        """Indices along the token axis: `slice`, int, LongTensor, or (rows, columns) where each prompt has its own;
+        None: not here."""
         length = n_tokens + self.offset if self.prompt_length is None else self.prompt_length
         if isinstance(where, str) and where not in ("prompt", "decode", "all"):
             where = parse_position(where)

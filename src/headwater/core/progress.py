@@ -1,7 +1,7 @@
 """Progress on long work: a bar on a terminal, one line a stage elsewhere, nothing in the library's results."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ _quiet: ContextVar[bool] = ContextVar("headwater_quiet", default=True)
 
 
 @contextmanager
-def progress_shown(shown: bool = True) -> Iterator[None]:
+def progress_shown(shown: bool = True) -> Generator[None]:
     """Show progress inside this block (the command line does; a library call is silent unless asked)."""
     token = _quiet.set(not shown)
     try:
@@ -48,3 +48,10 @@ def _lines(things: Iterable[Any], label: str, total: int | None) -> Iterator[Any
             shown = now
             sys.stderr.write(f"  {label}: {done + 1}{f'/{total}' if total else ''}\n")
             sys.stderr.flush()
+
+
+def note(line: str) -> None:
+    """One line on stderr where progress is shown (a stage that ended); nothing elsewhere."""
+    if not _quiet.get():
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()

@@ -1,11 +1,12 @@
-"""One hooked stretch of computation: puts hooks where sites live, edits and keeps what passes, and takes every hook off again."""
+"""One hooked stretch of computation: puts hooks where sites live, edits and keeps what passes, and takes every hook off
+again."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +33,8 @@ class Stopped(Exception):
 
 @dataclass
 class Kept:
-    """A captured value. With gradients, `whole` is the tensor on the path from input to output and `select` gives the site's part."""
+    """A captured value. With gradients, `whole` is the tensor on the path from input to output and `select` gives the
+    site's part."""
 
     value: torch.Tensor
     whole: torch.Tensor | None = None
@@ -52,8 +54,8 @@ class _Here:
 class Session:
     """Captures and interventions for one or more forwards of one model.
 
-    captures: concrete sites (no pattern). interventions: concrete likewise. leaf: detach the stream where it enters the first block and
-    let autograd start there. stop: (stack prefix, layer) after whose block the forward ends.
+    captures: concrete sites (no pattern). interventions: concrete likewise. leaf: detach the stream where it enters the
+    first block and let autograd start there. stop: (stack prefix, layer) after whose block the forward ends.
     """
 
     hf: Any
@@ -81,10 +83,10 @@ class Session:
     def _key(self, site: Site) -> tuple[str, int | None, str]:
         return (site.stack, site.layer if isinstance(site.layer, int) else None, site.kind)
 
-    # --- installing -----------------------------------------------------------------------------------------------------
+    # --- installing ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def installed(self) -> Iterator[Session]:
+    def installed(self) -> Generator[Session]:
         """Hooks are on inside this block, and off after it whatever happens."""
         with ExitStack() as undo:
             self._undo = undo
@@ -201,7 +203,8 @@ class Session:
             self._hook(prefix, part.write.port, self._scaled(prefix, layer, f"{cross}attn_out", part.write.scale))
         last = cross or block.cross is None
         if last and block.order == "sequential" and (prefix, layer, "resid_mid") in self._edits:
-            # The stream before the MLP is a sum that no module outputs: change its last summand by what the sum shall change.
+            # The stream before the MLP is a sum that no module outputs: change its last summand by what the sum shall
+            # change.
             def arrive(x: torch.Tensor) -> torch.Tensor:
                 stream = self._here[prefix].stream
                 if stream is None:
@@ -229,7 +232,7 @@ class Session:
         elif mlp.neurons is not None:
             self._hook(prefix, mlp.neurons, functools.partial(self._pass, prefix, layer, "neurons"))
 
-    # --- what passes ----------------------------------------------------------------------------------------------------
+    # --- what passes --------------------------------------------------------------------------------------------------
 
     def _scaled(self, prefix: str, layer: int, kind: str, scale: float) -> Edit:
         """Read and edit what is added to the stream (scale * x), where x is what the module gives."""
@@ -250,7 +253,8 @@ class Session:
     def _pass(self, prefix: str, layer: int | None, kind: str, x: torch.Tensor) -> torch.Tensor:
         x = self._edit(prefix, layer, kind, x)
         if self.grad and kind.endswith("_in") and (prefix, layer, kind) in self._reads:
-            # The same tensor may be read by others (a parallel block's MLP, the residual); the site is what this reader gets of it.
+            # The same tensor may be read by others (a parallel block's MLP, the residual); the site is what this reader
+            # gets of it.
             x = x.view_as(x)
         return self._read(prefix, layer, kind, x)
 
@@ -280,7 +284,8 @@ class Session:
         to_site: Edit | None = None,
         to_grad: Edit | None = None,
     ) -> None:
-        """Keep what was asked of x. `to_site` turns the tensor on the path into the site's layout, `to_grad` its gradient."""
+        """Keep what was asked of x. `to_site` turns the tensor on the path into the site's layout, `to_grad` its
+        gradient."""
         for site in self._reads.get((prefix, layer, kind), ()):
             whole = to_site(x) if to_site else x
             where = (
@@ -354,7 +359,7 @@ class Session:
             return intervention
         return dataclasses.replace(intervention, **changed)
 
-    # --- inside attention -----------------------------------------------------------------------------------------------
+    # --- inside attention ---------------------------------------------------------------------------------------------
 
     def _attend(
         self,
@@ -403,8 +408,8 @@ class Session:
         mask: Any,
         kwargs: Any,
     ) -> tuple[torch.Tensor, Any]:
-        """Attention with its scores and weights seen. Edits change the model's own output by what they change in the plain one, so weights
-        that are only looked at, or put back as they were, leave it bit for bit."""
+        """Attention with its scores and weights seen. Edits change the model's own output by what they change in the
+        plain one, so weights that are only looked at, or put back as they were, leave it bit for bit."""
         attend = functools.partial(attend_plainly, plain, module, q, k, v, mask, **kwargs)
         edit_scores = None
         if self._wants(prefix, layer, f"{cross}scores"):
@@ -431,7 +436,8 @@ class Session:
         return x_BHTK
 
     def _heads(self, prefix: str, layer: int, part: Attention, kind: str, out: torch.Tensor) -> torch.Tensor:
-        """Each head's own write. Reading computes the asked heads; writing changes the sum by what the head's write changes."""
+        """Each head's own write. Reading computes the asked heads; writing changes the sum by what the head's write
+        changes."""
         z = self._here[prefix].z
         if z is None:
             raise SiteError(f"{kind}.{layer} was not reached")
@@ -474,7 +480,7 @@ class Session:
             output.logits = self._pass("", None, "logits", output.logits)
         return output
 
-    # --- ports ----------------------------------------------------------------------------------------------------------
+    # --- ports --------------------------------------------------------------------------------------------------------
 
     def _hook(self, prefix: str, port: Port, function: Edit) -> None:
         def through(x: torch.Tensor) -> torch.Tensor:

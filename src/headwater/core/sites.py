@@ -51,8 +51,9 @@ _LENS_NAMES = {
 class Site:
     """One address: `[stack/]kind.layer[.hN|.eN][@pos]`.
 
-    `layer` is None for `embed` and `logits`. `pos` is an index (negative: from the end of the prompt), a slice `a:b`, several indices
-    `1,4`, or the name of a position of a Behavior (`S2`). A site whose layer, head or kind is `*` is a pattern.
+    `layer` is None for `embed` and `logits`. `pos` is an index (negative: from the end of the prompt), a slice `a:b`,
+    several indices `1,4`, or the name of a position of a Behavior (`S2`). A site whose layer, head or kind is `*` is a
+    pattern.
     """
 
     kind: str
@@ -64,7 +65,8 @@ class Site:
 
     @staticmethod
     def parse(text: str | Site) -> Site:
-        """Read a site's text form, a TransformerLens hook name or a circuit node name (`input`, `a5.h3`, `m5`, `logits`)."""
+        """Read a site's text form, a TransformerLens hook name or a circuit node name (`input`, `a5.h3`, `m5`,
+        `logits`)."""
         if isinstance(text, Site):
             return text
         alias = _alias(text)

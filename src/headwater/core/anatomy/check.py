@@ -1,4 +1,5 @@
-"""At load: read every kind of site once and write to it once, and refuse by name what cannot be read, or does not arrive."""
+"""At load: read every kind of site once and write to it once, and refuse by name what cannot be read, or does not
+arrive."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def check_sites(model: Model) -> None:
-    """Try each kind of site in the first block of each sort of block; what does not hold goes into `anatomy.refused` with the reason.
+    """Try each kind of site in the first block of each sort of block; what does not hold goes into `anatomy.refused`
+    with the reason.
 
     A forward on a few tokens ends after the block, so this costs about as much as a few blocks.
     """

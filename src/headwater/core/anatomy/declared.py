@@ -5,5 +5,5 @@ ATTENTION_METHODS = {
     "CodeGenAttention": "_attn",
     "GPTNeoSelfAttention": "_attn",
 }
-"""Attention modules that do not go through transformers' attention interface -> the method that takes (q, k, v, mask) and returns
-(out [B, H, T, K], weights [B, H, T, S])."""
+"""Attention modules that do not go through transformers' attention interface -> the method that takes (q, k, v, mask)
+and returns (out [B, H, T, K], weights [B, H, T, S])."""

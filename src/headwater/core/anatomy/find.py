@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from headwater.core.errors import ModelError
 
 
 def find_anatomy(hf: Any) -> Anatomy:
-    """Trace `hf` once and say where its sites are. A model without a run of blocks is refused with what was looked for."""
+    """Trace `hf` once and say where its sites are. A model without a run of blocks is refused with what was looked
+    for."""
     was_training = hf.training
     hf.eval()
     try:
@@ -48,7 +50,7 @@ def find_anatomy(hf: Any) -> Anatomy:
     )
 
 
-# --- runs of blocks ---------------------------------------------------------------------------------------------------------
+# --- runs of blocks ---------------------------------------------------------------------------------------------------
 
 
 def _block_runs(hf: nn.Module, found: Trace) -> dict[str, list[Call]]:
@@ -73,11 +75,12 @@ def _chained(calls: list[Call]) -> bool:
         return False
     if any(x.ndim != 3 or x.shape != y.shape for x, y in ports):
         return False
-    return all(_same(out, into) for (_, out), (into, _) in zip(ports, ports[1:], strict=False))
+    return all(_same(out, into) for (_, out), (into, _) in pairwise(ports))
 
 
 def _is_layer_list(hf: nn.Module, modules: nn.ModuleList) -> bool:
-    """A list of one item chains trivially; it is taken where the model's own registry, or its attention, says it is a layer."""
+    """A list of one item chains trivially; it is taken where the model's own registry, or its attention, says it is a
+    layer."""
     if len(modules) > 1:
         return True
     recorded: set[str] = set()
@@ -113,7 +116,7 @@ def _final_norm(found: Trace, last: Call, stream: torch.Tensor) -> nn.Module | N
     return None
 
 
-# --- one block --------------------------------------------------------------------------------------------------------------
+# --- one block --------------------------------------------------------------------------------------------------------
 
 
 class _Inside:
@@ -167,7 +170,8 @@ class _Inside:
         return None
 
     def reader_of(self, call: Call) -> Call:
-        """Where a tensor first read by `call` is really used: the norm inside it, if one of its first descendants is a norm."""
+        """Where a tensor first read by `call` is really used: the norm inside it, if one of its first descendants is a
+        norm."""
         keys = call.inputs()
         for inner in self.calls:
             if call.enter < inner.enter and inner.exit < call.exit and is_norm(inner.module):
@@ -278,7 +282,7 @@ def _make_attention(part: dict[str, Any], write: Write) -> Attention:
 def _sequential(
     inside: _Inside, index: int, into: Port, out: Port, parts: list[Any], sums: list[Any], opaque: Any
 ) -> Block:
-    reader, key, stream, _ = sums[-1]
+    reader, _, stream, _ = sums[-1]
     norm_call = inside.reader_of(reader)
     mid = inside.port_in(norm_call, next(k for k, x in norm_call.inputs() if _same(x.reshape(stream.shape), stream)))
     attention = _make_attention(parts[0], sums[0][3])
@@ -384,11 +388,12 @@ def _finish_mlp(
     return Mlp(entry, write, norm)
 
 
-# --- small questions --------------------------------------------------------------------------------------------------------
+# --- small questions --------------------------------------------------------------------------------------------------
 
 
 def is_norm(module: nn.Module) -> bool:
-    """A module without children whose weights, if any, are vectors: LayerNorm, RMSNorm and their kin (not Identity or Dropout)."""
+    """A module without children whose weights, if any, are vectors: LayerNorm, RMSNorm and their kin (not Identity or
+    Dropout)."""
     if any(True for _ in module.children()) or isinstance(module, nn.Identity | nn.Dropout):
         return False
     looks = "norm" in type(module).__name__.lower()
@@ -431,7 +436,8 @@ def _same(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 def _proportional(change: torch.Tensor, write: torch.Tensor, rounding: float) -> tuple[float, float] | None:
-    """(s, error) with change = s * write up to rounding: exactly 1.0 where 1 will do, else the shortest decimal that will."""
+    """(s, error) with change = s * write up to rounding: exactly 1.0 where 1 will do, else the shortest decimal that
+    will."""
     if write.numel() != change.numel() or write.shape[-1] != change.shape[-1]:
         return None
     c, w = change.double().flatten(), write.double().flatten()

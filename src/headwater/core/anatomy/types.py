@@ -13,8 +13,8 @@ from torch import nn
 class Port:
     """One tensor that passes a module: an argument on its way in, or an output.
 
-    `key` is the argument's position or name (side "in"), or the index into a tuple of outputs (side "out"; None: the output itself).
-    A `flat` port holds [B*T, D] where everything else holds [B, T, D].
+    `key` is the argument's position or name (side "in"), or the index into a tuple of outputs (side "out"; None: the
+    output itself). A `flat` port holds [B*T, D] where everything else holds [B, T, D].
     """
 
     module: nn.Module
@@ -57,7 +57,8 @@ class Attention:
     """Name of the module's own attention method, where it does not use transformers' attention interface."""
 
     def out_weight_HKD(self) -> torch.Tensor:
-        """The output projection as one [K, D] matrix a head: a head's write is `z_h @ out_weight[h]` (before post-norm and scale)."""
+        """The output projection as one [K, D] matrix a head: a head's write is `z_h @ out_weight[h]` (before post-norm
+        and scale)."""
         weight = linear_weight(self.out_proj)
         return weight.T.reshape(self.n_heads, self.d_value, -1)
 

@@ -53,6 +53,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pyright -p pyrightconfig.core.json
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks

@@ -66,8 +66,8 @@ def check(
     else:
         show(f"{file}: nothing wrong.")
     if errors:
-        lines = "line that has" if len(errors) == 1 else "lines that have"
-        say(f"{file} cannot be used as it is: mend the {len(errors)} {lines} an error above.", label="error")
+        count = "1 error, listed above" if len(errors) == 1 else f"{len(errors)} errors, listed above"
+        say(f"{file} cannot be used as it is: it has {count} with the mend of each.", label="error")
         raise typer.Exit(2)
 
 
@@ -90,7 +90,16 @@ def evaluate(
     if json:
         show_json({key: frame.to_dicts() for key, frame in result.tables.items() if key != "rows"})
         return
-    show_rows(result.tables["metrics"].to_dicts(), as_json=False, title=f"{table.name} ({table.n} pairs)")
+    metrics = result.tables["metrics"].to_dicts()
+    whole = [row for row in metrics if row["slice_name"] == "all"]
+    columns = ("metric", "value", "lo", "hi", "n")
+    rows = [{column: row[column] for column in columns} for row in whole]
+    show_rows(rows, as_json=False, title=f"{table.name}, {table.n} pairs (lo, hi: 95% interval)")
+    slices = [row for row in metrics if row["slice_name"] != "all" and row["metric"] == table.metric]
+    if slices:
+        show("")
+        rows = [{column: row[column] for column in ("slice_name", "slice", *columns[1:])} for row in slices]
+        show_rows(rows, as_json=False, title=f"{table.metric} by slice")
     canary = result.tables.get("canary")
     if canary is not None and canary.height:
         show("")

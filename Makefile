@@ -44,10 +44,10 @@ demo: setup
 	@$(BIN)/headwater trace ioi --model smollm2 --out runs/demo
 
 test: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadgroup
 
 test-all: setup
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: setup
 	$(BIN)/ruff check .

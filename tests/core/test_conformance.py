@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from headwater.core.model import Model
 from headwater.core.sites import Site
 from tests.core.families import FAMILIES, MORE, build
 
+# One process runs all of this file, since the table at its end is gathered from every test before it.
+pytestmark = pytest.mark.xdist_group("conformance")
 TABLE: dict[str, dict[str, Any]] = {}
 
 
@@ -210,13 +213,12 @@ def test_a_gradient_is_the_limit_of_differences() -> None:
         )
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
-    """Prints what was measured (pytest shows it with -s; `make test` prints it in its summary)."""
+def test_table(summary_table: Callable[[str], None]) -> None:
+    """Prints what was measured, after the results."""
     names = [name for name in [*FAMILIES, *MORE] if name in TABLE]
     assert len([name for name in names if name in FAMILIES]) >= 24
     columns = ["sites", "unhooked", "all sites kept", "self-patch", "silent writes", "plain definition", "resid_mid"]
     lines = [f"{'family':18}" + "".join(f"{column:>18}" for column in columns)]
     for name in names:
         lines.append(f"{name:18}" + "".join(f"{TABLE[name].get(column, float('nan')):>18.3g}" for column in columns))
-    with capsys.disabled():
-        print("\nExactness over families (largest absolute difference, float64)\n" + "\n".join(lines))
+    summary_table("Exactness over families (largest absolute difference, float64)\n" + "\n".join(lines))

@@ -46,9 +46,7 @@ class AtpConfig:
 
 
 @methods.register("atp")
-def atp(
-    model: "Model", behavior: "Behavior", *, config: AtpConfig | None = None, **options: Any
-) -> AttributionResult:
+def atp(model: "Model", behavior: "Behavior", *, config: AtpConfig | None = None, **options: Any) -> AttributionResult:
     """Attribution patching (Nanda, 2023): for each node, (its write on the prompt - on the counterfactual) . the metric's
     gradient at the stream it writes to, on the prompt; summed over positions, mean over pairs.
 
@@ -64,7 +62,9 @@ def atp(
         wanted = did_you_mean(str(config.positions), ["all", "named", "each"])
         raise MethodError("unknown choice of positions", got=repr(config.positions), wanted=wanted)
     if config.metric == "kl":
-        raise MethodError("the gradient of KL is zero on the clean run, where AtP takes it", wanted="logit_diff or prob_diff")
+        raise MethodError(
+            "the gradient of KL is zero on the clean run, where AtP takes it", wanted="logit_diff or prob_diff"
+        )
     started = time.monotonic()
     metric = Scored.named(config.metric, differentiable=True)
     engine = Engine(model)
@@ -86,9 +86,13 @@ def atp(
     tensors = {"node_scores": total * sign}
     table = node_table(graph, total * sign)
     if config.positions != "all":
-        names = sorted(places, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0))
+        names = sorted(
+            places, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0)
+        )
         tensors["positions"] = torch.stack([places[name] * sign for name in names], dim=1)
-        rows = [node_table(graph, tensors["positions"][:, i]).with_columns(position=pl.lit(n)) for i, n in enumerate(names)]
+        rows = [
+            node_table(graph, tensors["positions"][:, i]).with_columns(position=pl.lit(n)) for i, n in enumerate(names)
+        ]
         table = pl.concat(rows)
     facts = {
         "method": "atp",
@@ -183,7 +187,11 @@ class _NodeScorer:
                 if layer.post_norm.module is not None:
                     on_output(stack, layer.attention.out_proj, lambda y: seen.mixed.append(y.detach()))
                 on_port(stack, layer.attention.write.port, lambda y: writes.append(y))
-                on_port(stack, layer.mlp.write.port, lambda y: (writes.append(y), seen.mlp_out.append(y.detach()))[2:] or None)
+                on_port(
+                    stack,
+                    layer.mlp.write.port,
+                    lambda y: (writes.append(y), seen.mlp_out.append(y.detach()))[2:] or None,
+                )
             seen.logits = self.engine.forward(ids, past)
         return seen, writes
 

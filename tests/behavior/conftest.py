@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.tiny import tiny_tokenizer as make_tiny
 
 

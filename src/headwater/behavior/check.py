@@ -142,9 +142,11 @@ def _joins(left: str, right: str) -> bool:
 
 def _check_spans(row: dict[str, Any], prompt: str, trouble: Trouble) -> None:
     try:
-        spans = files.as_json(row.get("positions")) or {}
+        spans = files.as_json(row.get("positions"))
     except ValueError as error:
         trouble("positions", f"not JSON: {error}", _SPAN)
+        return
+    if spans is None:
         return
     if not isinstance(spans, dict):
         trouble("positions", f"not an object: {spans!r}", _SPAN)
@@ -168,9 +170,11 @@ def _check_json(row: dict[str, Any], trouble: Trouble) -> None:
         if variables is not None and not isinstance(variables, dict):
             trouble("variables", f"not an object: {variables!r}", 'write an object: {"IO": "Mary"}')
     try:
-        others = files.as_json(row.get("alternatives")) or []
+        others = files.as_json(row.get("alternatives"))
     except ValueError as error:
         trouble("alternatives", f"not JSON: {error}", _ALTERNATIVE)
+        return
+    if others is None:
         return
     good = isinstance(others, list) and all(
         isinstance(other, dict)

@@ -212,8 +212,9 @@ def _check_columns(found: Rows) -> None:
     for name in doubled:
         found.trouble(1, name, "the column stands there twice", "keep one of them")
     for singular, plural in SINGULAR.items():
-        if singular in found.columns and plural in found.columns:
-            found.trouble(1, singular, f"both {singular!r} and {plural!r} are there", f"keep {plural!r}")
+        both = next((line for line, row in found.rows if singular in row and plural in row), None)
+        if both is not None:
+            found.trouble(both, singular, f"both {singular!r} and {plural!r} are there", f"keep {plural!r}")
     present = {SINGULAR.get(name, name) for name in found.columns}
     if found.columns:
         for wanted in ("prompt", "counterfactual", "answers"):

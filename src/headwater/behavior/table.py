@@ -62,17 +62,11 @@ class Behavior:
             raise BehaviorError("a behavior has no rows", wanted="at least one pair")
         names = dict.fromkeys(key for row in plain for key in row)
         columns = {name: [row.get(name) for row in plain] for name in names}
-        for key in _LISTS:
-            if key in columns:
-                columns[key] = [_listed(value, key, index) for index, value in enumerate(columns[key])]
-        for key in files.JSON_COLUMNS:
-            if key in columns:
-                columns[key] = [_json_text(value, key, index) for index, value in enumerate(columns[key])]
-        schema = {name: pl.List(pl.String) if name in _LISTS else None for name in columns}
-        try:
-            return cls(pl.DataFrame(columns, schema=schema, strict=False), **keywords)
-        except (pl.exceptions.PolarsError, TypeError) as error:
-            raise BehaviorError("the rows do not make a table", got=str(error).splitlines()[0]) from None
+        for key, values in columns.items():
+            read = _listed if key in _LISTS else _json_text if key in files.JSON_COLUMNS else _text_of
+            columns[key] = [read(value, key, index) for index, value in enumerate(values)]
+        schema = {name: pl.List(pl.String) if name in _LISTS else pl.String for name in columns}
+        return cls(pl.DataFrame(columns, schema=schema), **keywords)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, n: int | None = None, seed: int = 0) -> "Behavior":
@@ -232,6 +226,15 @@ def _json_text(value: Any, column: str, index: int) -> str | None:
     return None if parsed is None else files.canonical(parsed)
 
 
+def _text_of(value: Any, column: str, index: int) -> str | None:
+    """Ids and slices may be numbers or anything else that JSON has; what the model reads must be text."""
+    if value is None or isinstance(value, str):
+        return value
+    if column in ("prompt", "counterfactual"):
+        raise BehaviorError(f"row {index + 1}: the {column} is not a text", got=repr(value))
+    return files.canonical(value)
+
+
 def _normal(frame: pl.DataFrame, name: str) -> pl.DataFrame:
     """The frame with every standard column, in standard order and of standard type; further columns follow, as text."""
     missing = [column for column in ("prompt", "counterfactual", "answers") if column not in frame.columns]
@@ -241,12 +244,10 @@ def _normal(frame: pl.DataFrame, name: str) -> pl.DataFrame:
         )
     if not frame.height:
         raise BehaviorError(f"behavior {name!r} has no rows", wanted="at least one pair")
-    if "id" not in frame.columns:
-        frame = frame.with_columns(pl.Series("id", [f"{row:05d}" for row in range(frame.height)]))
     lists, empty = pl.List(pl.String), pl.lit("{}")
     have = set(frame.columns)
     columns: list[pl.Expr] = [
-        _text("id", ""),
+        _text("id", "") if "id" in have else pl.lit("").alias("id"),
         _text("prompt", ""),
         _text("counterfactual", ""),
         pl.col("answers").cast(lists).fill_null(pl.lit([], dtype=lists)),
@@ -270,6 +271,9 @@ def _normal(frame: pl.DataFrame, name: str) -> pl.DataFrame:
             wanted="texts, and lists of texts",
         ) from None
     ids = frame["id"].to_list()
+    if not any(ids):
+        ids = [f"{row:05d}" for row in range(frame.height)]
+        frame = frame.with_columns(pl.Series("id", ids))
     if len(set(ids)) != len(ids) or "" in ids:
         raise BehaviorError(
             f"behavior {name!r} has ids that are empty or stand there twice", fix="Give each row its own id"

@@ -1,0 +1,112 @@
+"""Action: what is done to a model, what it is meant to achieve, what it costs, and the random version of it."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from headwater.core.errors import MethodError, did_you_mean
+from headwater.core.interventions import Intervention
+
+Direction = Literal["raise", "lower", "toward"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """What an action is meant to do to a behavior's metric.
+
+    "raise" it, "lower" it, or move it "toward" one value of a column or variable of the behavior: up on the pairs that
+    have that value, down on the others (`column="order", value="ABBA"`).
+    """
+
+    direction: Direction = "raise"
+    column: str = ""
+    value: str = ""
+
+    @staticmethod
+    def parse(text: "str | Goal") -> "Goal":
+        """Read "raise", "lower" or "column=value"."""
+        if isinstance(text, Goal):
+            return text
+        if text in ("raise", "lower"):
+            return Goal(direction=text)
+        column, equals, value = text.partition("=")
+        if not equals or not column.strip():
+            raise MethodError("cannot read a goal", got=repr(text), wanted="raise, lower, or column=value")
+        return Goal(direction="toward", column=column.strip(), value=value.strip())
+
+    def __str__(self) -> str:
+        return f"{self.column} = {self.value}" if self.direction == "toward" else self.direction
+
+    def signs(self, frame: pl.DataFrame) -> NDArray[np.float64]:
+        """+1 for each pair [n] whose metric should rise, -1 where it should fall. Raises MethodError."""
+        if self.direction != "toward":
+            return np.full(frame.height, 1.0 if self.direction == "raise" else -1.0)
+        values = column_of(frame, self.column)
+        if self.value not in values:
+            wanted = did_you_mean(self.value, set(values))
+            raise MethodError(f"no pair has {self.column} = {self.value!r}", wanted=wanted)
+        return np.where(np.asarray(values) == self.value, 1.0, -1.0)
+
+
+def column_of(frame: pl.DataFrame, name: str) -> list[str]:
+    """The values of a column, or of a key of `variables`, as texts. Raises MethodError for an unknown name."""
+    if name in frame.columns and frame.schema[name] == pl.String:
+        return frame[name].to_list()
+    rows = [json.loads(text) for text in frame["variables"].to_list()]
+    if not all(isinstance(row, dict) and name in row for row in rows):
+        plain = [c for c in frame.columns if c not in ("id", "prompt", "counterfactual", "positions", "variables")]
+        known = [*plain, *sorted({key for row in rows if isinstance(row, dict) for key in row})]
+        raise MethodError(
+            "unknown column or variable of the behavior", got=repr(name), wanted=did_you_mean(name, known)
+        )
+    return [row[name] if isinstance(row[name], str) else json.dumps(row[name]) for row in rows]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Action:
+    """Something done to a model while it runs. No weight is ever changed, and nothing remains when the run has ended.
+
+    interventions: what happens inside; iterating an action gives them, so `model.intervene(*action)` works.
+    prefix: text put before each prompt (the prompting baseline).
+    goal: what it should do to its behavior.
+    values: how many activations it sets for each token.
+    passes: how many prompts were run to find it.
+    control: from a seed, the same kind of action at random.
+    config: how it was made, as plain data.
+    sweep: what was tried on the way, as a table.
+    """
+
+    name: str
+    interventions: tuple[Intervention, ...] = ()
+    prefix: str = ""
+    goal: Goal = Goal()
+    values: int = 0
+    passes: int = 0
+    control: "Callable[[int], Action] | None" = None
+    config: dict[str, Any] = field(default_factory=dict)
+    sweep: pl.DataFrame | None = None
+
+    def __iter__(self) -> Iterator[Intervention]:
+        return iter(self.interventions)
+
+    def __len__(self) -> int:
+        return len(self.interventions)
+
+    def everywhere(self) -> "Action":
+        """The same action on all tokens but the first: as if all of a text had been generated under it."""
+        moved = tuple(
+            dataclasses.replace(i, positions=slice(1, None), site=i.site.at(None)) for i in self.interventions
+        )
+        return dataclasses.replace(self, interventions=moved)
+
+
+def short(names: list[str], shown: int = 4) -> str:
+    """The first few names, and how many more there are."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,120 @@
+"""What an action is measured on: a behavior's pairs, and plain text."""
+
+import json
+from collections.abc import Iterable, Sequence
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+
+from headwater.act.action import Action
+from headwater.behavior.metrics import metric
+from headwater.behavior.table import Behavior
+from headwater.core.errors import MethodError
+
+if TYPE_CHECKING:
+    from headwater.behavior.bind import Bound
+    from headwater.core.model import Model
+
+Floats = NDArray[np.float64]
+_TEXT_BATCH = 4  # texts a forward: all their logits are held at once
+NOTHING = Action(name="as it is")
+
+
+def main_metric(behavior: Behavior) -> str:
+    """The metric that an action is judged by: the behavior's own where it is a difference of answer and foil."""
+    if behavior.metric in ("logit_diff", "prob_diff"):
+        return behavior.metric
+    return "logit_diff" if all(len(foils) for foils in behavior.frame["foils"].to_list()) else "prob_diff"
+
+
+def score(model: "Model", bound: "Bound", action: Action, metrics: Iterable[str]) -> pl.DataFrame:
+    """id and one column a metric, for each pair, under `action`.
+
+    Pairs that a prefix makes too long for the model are left out. Raises SiteError where the action needs a named
+    position that these pairs lack.
+    """
+    if action.prefix:
+        bound = prefixed(bound, action.prefix).bind(model)
+    ids = bound.behavior.frame["id"].to_list()
+    functions = {name: metric(name) for name in metrics}
+    columns: dict[str, list[float]] = {name: [] for name in functions}
+    rows: list[str] = []
+    for group in bound.groups:
+        run = model.run(group.clean, logits="last", interventions=action.interventions, positions=group.positions)
+        rows += [ids[row] for row in group.rows]
+        answers, foils = group.answers.to(run.logits.device), group.foils.to(run.logits.device)
+        for name, function in functions.items():
+            columns[name] += function(run.logits, answers, foils).double().tolist()
+    return pl.DataFrame({"id": rows, **columns}).sort("id")
+
+
+def prefixed(bound: "Bound", prefix: str) -> Behavior:
+    """The bound pairs with `prefix` before prompt and counterfactual; named positions move along."""
+
+    def moved(text: str) -> str:
+        return json.dumps(
+            {name: [first + len(prefix), past + len(prefix)] for name, (first, past) in json.loads(text).items()}
+        )
+
+    frame = bound.frame.with_columns(
+        (pl.lit(prefix) + pl.col("prompt")).alias("prompt"),
+        (pl.lit(prefix) + pl.col("counterfactual")).alias("counterfactual"),
+        pl.Series("positions", [moved(text) for text in bound.frame["positions"].to_list()], dtype=pl.String),
+    )
+    own = bound.behavior
+    return Behavior(frame.drop("alternatives", strict=False), name=own.name, metric=own.metric, about=own.about)
+
+
+def plain_texts() -> list[str]:
+    """Twelve short paragraphs of everyday English prose, written for this package and taken from nowhere (Apache-2.0):
+    no model knows them by heart."""
+    return _paragraphs((files("headwater.act") / "data" / "plain_text.txt").read_text(encoding="utf-8"))
+
+
+def texts_of(text: str | Sequence[str] | None) -> list[str]:
+    """The texts to measure perplexity on: None means `plain_texts()`, one text is cut at its empty lines."""
+    if text is None:
+        return plain_texts()
+    found = _paragraphs(text) if isinstance(text, str) else [one for one in text if one.strip()]
+    if not found:
+        raise MethodError("no text to measure perplexity on", got=repr(text)[:60], wanted="a text or texts")
+    return found
+
+
+def _paragraphs(text: str) -> list[str]:
+    return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
+
+
+def text_loss(model: "Model", texts: Sequence[str], action: Action, *, tokens: int = 64) -> Floats:
+    """Mean cross-entropy in nats a token of each text [n], over its first `tokens` tokens but the first.
+
+    An action's interventions hold on all tokens but the first; a prefix goes before each text and is not scored.
+    `exp(mean)` is the perplexity. Texts of fewer than two tokens are refused.
+    """
+    ids = [row[:tokens].cpu() for row in model.tokens(list(texts))]
+    if min(map(len, ids)) < 2:
+        raise MethodError("a text is too short to measure perplexity on", wanted="at least two tokens")
+    head = torch.empty(0, dtype=torch.long)
+    scored = 1  # where in a row the scored tokens begin
+    if action.prefix:
+        head = model.tokens(action.prefix)[0].cpu()
+        if int(head[0]) == getattr(model.tokenizer, "bos_token_id", None) == int(ids[0][0]):
+            ids = [row[1:] for row in ids]  # the prefix begins the text already
+            scored = 0
+        scored += len(head)
+    losses = np.zeros(len(ids))
+    everywhere = action.everywhere().interventions
+    for length in sorted({len(row) for row in ids}):
+        some = [i for i, row in enumerate(ids) if len(row) == length]
+        for start in range(0, len(some), _TEXT_BATCH):
+            part = some[start : start + _TEXT_BATCH]
+            rows_BT = torch.stack([torch.cat([head, ids[i]]) for i in part])
+            logits_BTV = model.run(rows_BT, interventions=everywhere).logits[:, scored - 1 : -1].float()
+            targets_BT = rows_BT[:, scored:].to(logits_BTV.device)
+            loss_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none")
+            losses[part] = loss_BT.double().mean(1).cpu().numpy()
+    return losses

@@ -1,4 +1,6 @@
-"""A run as the stages would store it: small, made up, with the columns of the contract and hostile text in every place that shows text."""
+"""A run as the stages would store it: small, made up, with the columns of the contract and hostile text in every
+place that shows text.
+"""
 
 import math
 import random
@@ -47,7 +49,8 @@ def behavior_report(seed: int = 0) -> Result:
         margin = rng.gauss(4.2, 2.4)
         rows.append(
             {
-                "id": i, "prompt": prompt, "answer": f" {io}", "foil": f" {s}", "logit_diff": margin, "prob_diff": math.tanh(margin / 4),
+                "id": i, "prompt": prompt, "answer": f" {io}", "foil": f" {s}",
+                "logit_diff": margin, "prob_diff": math.tanh(margin / 4),
                 "correct": margin > 0, "rank": 0 if margin > 0 else 3, "cf_logit_diff": rng.gauss(-3.1, 2.2),
             }
         )  # fmt: skip
@@ -106,7 +109,8 @@ def patching(seed: int = 1) -> Result:
         head_text, at = ("" if head is None else f".h{head}"), ("" if position is None else f"@{position}")
         rows.append(
             {
-                "site": f"{kind}.{layer}{head_text}{at}", "kind": kind, "layer": layer, "head": head, "position": position, "effect": effect,
+                "site": f"{kind}.{layer}{head_text}{at}", "kind": kind, "layer": layer, "head": head,
+                "position": position, "effect": effect,
                 "lo": effect - 0.05, "hi": effect + 0.05, "n": 40, "direction": direction,
             }
         )  # fmt: skip
@@ -240,59 +244,99 @@ def null(seed: int = 4) -> Result:
 
 
 def effect() -> Result:
+    actions = (
+        ("knock out the name movers", False, ""),
+        ("amplify a17.h3", False, ""),
+        ("random heads", True, "same number of heads"),
+        (f"prompt: {HOSTILE}", True, "no weights touched"),
+    )
+    measures = (
+        ("logit_diff", 4.2, 0.3, (-6.1, 1.4, -0.2, -1.8)),
+        ("agreement accuracy", 0.95, 0.03, (-0.02, 0.0, -0.01, -0.1)),
+        ("perplexity", 21.3, 0.4, (0.6, 0.9, 0.2, 0.0)),
+    )
     rows = [
-        {"action": action, "measure": measure, "before": before, "after": before + change, "change": change, "lo": change - spread, "hi": change + spread, "n": 60, "baseline": baseline, "note": note}
-        for measure, before, spread, values in (
-            ("logit_diff", 4.2, 0.3, (-6.1, 1.4, -0.2, -1.8)), ("agreement accuracy", 0.95, 0.03, (-0.02, 0.0, -0.01, -0.1)), ("perplexity", 21.3, 0.4, (0.6, 0.9, 0.2, 0.0)),
-        )
-        for action, change, baseline, note in zip(("knock out the name movers", "amplify a17.h3", "random heads", f"prompt: {HOSTILE}"), values, (False, False, True, True), ("", "", "same number of heads", "no weights touched"), strict=True)
-    ]  # fmt: skip
+        {"action": action, "measure": measure, "before": before, "after": before + change, "change": change}
+        | {"lo": change - spread, "hi": change + spread, "n": 60, "baseline": baseline, "note": note}
+        for measure, before, spread, changes in measures
+        for change, (action, baseline, note) in zip(changes, actions, strict=True)
+    ]
     return result("effect", {"rows": rows})
 
 
 def heads() -> Result:
+    known = (
+        (17, 3, "name_mover", 0.71, 0.42, 0.001),
+        (21, 2, "name_mover", 0.44, 0.11, 0.012),
+        (15, 1, "s_inhibition", 0.52, 0.25, 0.001),
+        (19, 7, "negative_name_mover", 0.38, -0.18, 0.004),
+        (5, 8, "duplicate_token", 0.61, 0.08, 0.03),
+        (3, 2, "previous_token", 0.93, 0.03, 0.21),
+        (9, 4, "induction", 0.35, 0.14, 0.006),
+    )
     rows = [
-        {"layer": l, "head": h, "role": role, "attention": a, "effect": e, "lo": e - 0.06, "hi": e + 0.06, "null": 0.02, "p": p}
-        for l, h, role, a, e, p in (
-            (17, 3, "name_mover", 0.71, 0.42, 0.001), (21, 2, "name_mover", 0.44, 0.11, 0.012), (15, 1, "s_inhibition", 0.52, 0.25, 0.001),
-            (19, 7, "negative_name_mover", 0.38, -0.18, 0.004), (5, 8, "duplicate_token", 0.61, 0.08, 0.03), (3, 2, "previous_token", 0.93, 0.03, 0.21),
-            (9, 4, "induction", 0.35, 0.14, 0.006),
-        )
-    ]  # fmt: skip
+        {"layer": layer, "head": head, "role": role, "attention": attention, "effect": effect}
+        | {"lo": effect - 0.06, "hi": effect + 0.06, "null": 0.02, "p": p}
+        for layer, head, role, attention, effect, p in known
+    ]
     return result("heads", {"roles": rows})
 
 
 def ledger(seed: int = 5) -> Ledger:
     rng = random.Random(seed)
-    entries: list[tuple[str, str, Outcome]] = [
-        ("real", "SmolLM2 prefers the indirect object to the subject, above chance", Outcome(effect=0.94, lo=0.89, hi=0.98, p=0.0002, n=100, reference=0.5)),
-        ("sufficient", "The circuit alone restores at least half of the logit difference", Outcome(effect=0.71, lo=0.63, hi=0.79, p=0.0005, n=60, reference=0.5)),
-        ("beats_null", f"The circuit beats random circuits of its size and layer profile {HOSTILE}", Outcome(effect=0.71, lo=0.63, hi=0.79, p=0.0099, n=60, null_draws=tuple(rng.gauss(0.15, 0.05) for _ in range(100)))),
-        ("necessary", "Without the circuit the rest of the model cannot do it", Outcome(effect=0.44, lo=0.36, hi=0.52, p=0.9, n=60, reference=0.2, side="less")),
-        ("name_mover", "a17.h3 and a21.h2 copy the indirect object's name", Outcome(effect=0.53, lo=0.44, hi=0.61, p=0.001, n=60, null_draws=tuple(rng.gauss(0.01, 0.02) for _ in range(100)))),
-        ("previous_token", "a3.h2 matters because it attends to the previous token", Outcome(effect=0.03, lo=0.02, hi=0.05, p=0.21, n=60, null_draws=tuple(rng.gauss(0.03, 0.03) for _ in range(100)))),
-        ("duplicate", "a5.h8 detects the repeated name", Outcome(effect=0.08, lo=-0.01, hi=0.17, p=0.08, n=60)),
-        ("few", "The same holds for four names", Outcome(effect=0.2, n=3, why_not="3 pairs, at least 10 are needed")),
-    ]  # fmt: skip
+
+    def draws(mean: float, spread: float) -> tuple[float, ...]:
+        return tuple(rng.gauss(mean, spread) for _ in range(100))
+
+    alone = {"effect": 0.71, "lo": 0.63, "hi": 0.79, "n": 60}
+    entries: dict[str, tuple[str, Outcome]] = {
+        "real": (
+            "SmolLM2 prefers the indirect object to the subject, above chance",
+            Outcome(effect=0.94, lo=0.89, hi=0.98, p=0.0002, n=100, reference=0.5),
+        ),
+        "sufficient": (
+            "The circuit alone restores at least half of the logit difference",
+            Outcome(**alone, p=0.0005, reference=0.5),
+        ),
+        "beats_null": (
+            f"The circuit beats random circuits of its size and layer profile {HOSTILE}",
+            Outcome(**alone, p=0.0099, null_draws=draws(0.15, 0.05)),
+        ),
+        "necessary": (
+            "Without the circuit the rest of the model cannot do it",
+            Outcome(effect=0.44, lo=0.36, hi=0.52, p=0.9, n=60, reference=0.2, side="less"),
+        ),
+        "name_mover": (
+            "a17.h3 and a21.h2 copy the indirect object's name",
+            Outcome(effect=0.53, lo=0.44, hi=0.61, p=0.001, n=60, null_draws=draws(0.01, 0.02)),
+        ),
+        "previous_token": (
+            "a3.h2 matters because it attends to the previous token",
+            Outcome(effect=0.03, lo=0.02, hi=0.05, p=0.21, n=60, null_draws=draws(0.03, 0.03)),
+        ),
+        "duplicate": ("a5.h8 detects the repeated name", Outcome(effect=0.08, lo=-0.01, hi=0.17, p=0.08, n=60)),
+        "few": ("The same holds for four names", Outcome(effect=0.2, n=3, why_not="3 pairs, at least 10 are needed")),
+    }
     claims = [
         Claim(
-            id=name,
-            statement=text,
-            test=name,
-            stage="claims",
-            seed=0,
-            command=f"headwater verify runs/ioi --claim {name}",
-        ).with_outcome(o)
-        for name, text, o in entries
+            id=name, statement=text, test=name, stage="claims", command=f"headwater verify runs/ioi --claim {name}"
+        ).with_outcome(outcome)
+        for name, (text, outcome) in entries.items()
     ]
     return Ledger.of(claims, q=0.05, provenance=PROVENANCE)
 
 
 MAKERS = {
-    "behavior_report": ("behavior", behavior_report), "patching": ("localize", patching), "attribution": ("localize", attribution),
-    "circuit": ("circuit", circuit), "faithfulness": ("circuit", faithfulness), "null": ("circuit", null),
-    "heads": ("heads", heads), "ledger": ("claims", ledger), "effect": ("act", effect),
-}  # fmt: skip
+    "behavior_report": ("behavior", behavior_report),
+    "patching": ("localize", patching),
+    "attribution": ("localize", attribution),
+    "circuit": ("circuit", circuit),
+    "faithfulness": ("circuit", faithfulness),
+    "null": ("circuit", null),
+    "heads": ("heads", heads),
+    "ledger": ("claims", ledger),
+    "effect": ("act", effect),
+}
 
 
 def gathered(folder: Path, *kinds: str) -> Gathered:

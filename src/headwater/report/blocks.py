@@ -1,7 +1,7 @@
 """What sections are made of: figures, tables, notes, tiles. Plain values; the templates give them their looks.
 
-All text in here is untrusted and plain: the templates escape it. Only `svg` fields are markup, and they come from `svg.clean` or
-`drawing.draw`, which escape what they write.
+All text in here is untrusted and plain: the templates escape it. Only `svg` fields are markup, and they come from
+`svg.clean` or `drawing.draw`, which escape what they write.
 """
 
 import base64
@@ -20,7 +20,9 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One cell of a table: `text`, whether it is a number, and a style's name (`mono`, `prompt`, `good`, `bad`, `open`)."""
+    """One cell of a table: `text`, whether it is a number, and a style's name (`mono`, `prompt`, `good`, `bad`,
+    `open`).
+    """
 
     text: str
     numeric: bool = False
@@ -42,13 +44,17 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """The data behind a figure: a stored table, its first rows, and all of it as a CSV in a data URI where it is small."""
+    """The data behind a figure: a stored table, its first rows, and all of it as a CSV in a data URI where it is
+    small.
+    """
 
     name: str
     path: str
     n_rows: int
-    preview: Table
+    preview: Table | None = None
     csv: str = ""
+    same_as: str = ""
+    """The id of the figure that carries this data already; then there is no preview here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,8 @@ class Figure:
     caption: str = ""
     sources: Sequence[Source] = ()
     code: str = ""
+    legend: Sequence[tuple[str, str]] = ()
+    """Colours and their meaning: (palette name, text)."""
     block: str = "figure"
 
 
@@ -175,11 +183,3 @@ def pairs(values: Mapping[str, Any], *, style: str = "mono") -> Table:
         columns=(),
         rows=[[Cell(text=visible(name), style="head"), cell(value, style=style)] for name, value in values.items()],
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Legend:
-    """Colours and their meaning: (palette name, text)."""
-
-    items: Sequence[tuple[str, str]]
-    block: str = "legend"

@@ -1,327 +1,118 @@
-"""The circuit, drawn: layers upwards, heads (or token positions) sideways, the strongest edges only.
+"""A circuit's drawing: an SVG of its own, in the page's colour names.
 
-`place` decides where everything stands and which edges are shown; `draw` writes it as SVG with the page's colour names. Hovering a
-node fades the edges that do not touch it; that is done with style rules alone, so it works where scripts are off.
+Hovering over a node, or stepping to it with the keyboard, fades the edges that do not touch it; style rules alone do
+that, so it works where scripts are off.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from html import escape
-from typing import Any
+from collections.abc import Iterable, Mapping
 
-from headwater.report.charts.parts import Row, rows
-from headwater.report.theme import MONO, SANS, TOKENS
-from headwater.report.words import count, finite, node_parts, number, visible
+from headwater.report.layout import MARGIN, ROW, Layout, Node
+from headwater.report.svg import element, var
+from headwater.report.theme import MONO, SANS
+from headwater.report.words import visible
 
-MAX_EDGES, MAX_NODES = 64, 38
-_NODE_W, _NODE_H, _COLUMN, _ROW, _MARGIN = 50, 20, 64, 58, 58
-_EVERY_COLUMN = (
-    12  # up to so many heads, columns of heads outside the picture are kept, so that a column means one head
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """A node's place (its middle, pixels) and what is written on and about it."""
-
-    name: str
-    sort: str
-    layer: int | None
-    x: float
-    y: float
-    tip: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Edge:
-    """A shown edge: `strength` is its share of the largest absolute score; `port` says which input (q, k, v) it enters."""
-
-    source: str
-    target: str
-    port: str | None
-    score: float
-    strength: float
-    tip: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """What is drawn, and how much is not."""
-
-    nodes: list[Node]
-    edges: list[Edge]
-    layers: list[tuple[int, float]]
-    columns: list[tuple[str, float]]
-    groups: list[tuple[str, str]]
-    width: float
-    height: float
-    n_edges: int
-    n_nodes: int
-
-    @property
-    def hidden(self) -> int:
-        """Edges of the circuit that are not drawn."""
-        return self.n_edges - len(self.edges)
-
-
-def place(result: Any, *, max_edges: int = MAX_EDGES, max_nodes: int = MAX_NODES) -> Layout:
-    """Choose the strongest edges of a Circuit (at most `max_edges`, touching at most `max_nodes` nodes) and give each node a place."""
-    every = rows(result.tables.get("edges"), "source", "target", "score")
-    ranked = sorted(every, key=lambda row: -abs(finite(row["score"]) or 0.0))
-    chosen: list[tuple[Row, str, str | None]] = []
-    names: dict[str, None] = {}
-    for row in ranked:
-        target, port = _split(str(row["target"]))
-        touched = {str(row["source"]): None, target: None}
-        if len(chosen) == max_edges or len(names | touched) > max_nodes:
-            break
-        names |= touched
-        chosen.append((row, target, port))
-    listed = [str(row["node"]) for row in rows(result.tables.get("nodes"), "node")]
-    if not every:
-        names = dict.fromkeys(listed[:max_nodes])
-    largest = max((abs(finite(row["score"]) or 0.0) for row, _, _ in chosen), default=0.0) or 1.0
-    edges = [
-        Edge(
-            source=str(row["source"]),
-            target=target,
-            port=port,
-            score=finite(row["score"]) or 0.0,
-            strength=abs(finite(row["score"]) or 0.0) / largest,
-            tip=f"{row['source']} → {row['target']}: {number(row['score'])}",
-        )
-        for row, target, port in chosen
-    ]
-    known = set(listed) | {str(row["source"]) for row in every} | {_split(str(row["target"]))[0] for row in every}
-    return _arrange(list(names), edges, result, n_edges=len(every), n_nodes=len(known))
-
-
-def _split(reader: str) -> tuple[str, str | None]:
-    """A reader's node and which of its inputs is meant: `a5.h1<q>` is `a5.h1` and `q`; a position stays with the node."""
-    parts = node_parts(reader)
-    return (reader.replace(f"<{parts['port']}>", ""), parts["port"]) if parts["port"] else (reader, None)
-
-
-def _column(parts: Mapping[str, Any], by_position: bool, group: int) -> Any:
-    if by_position:
-        return parts["pos"] or ""
-    if parts["sort"] == "mlp":
-        return "MLP"
-    if parts["sort"] == "group":
-        return parts["head"] * group + (group - 1) / 2
-    return parts["head"]
-
-
-def _arrange(names: list[str], edges: list[Edge], result: Any, *, n_edges: int, n_nodes: int) -> Layout:
-    parts = {name: node_parts(name) for name in names}
-    inner = [name for name in names if parts[name]["layer"] is not None]
-    by_position = any(parts[name]["pos"] for name in inner)
-    graph = result.facts.get("graph") or {}
-    n_heads, n_groups = graph.get("n_heads"), graph.get("n_kv_heads")
-    grouped = isinstance(n_heads, int) and isinstance(n_groups, int) and n_groups > 0
-    group = n_heads // n_groups if grouped else 1
-    column = {name: _column(parts[name], by_position, group) for name in inner}
-
-    heads = sorted({c for c in column.values() if isinstance(c, int)})
-    if not by_position and heads and max(heads) < _EVERY_COLUMN:
-        heads = list(range((n_heads if isinstance(n_heads, int) and n_heads <= _EVERY_COLUMN else max(heads) + 1)))
-    if by_position:
-        keys: list[Any] = list(dict.fromkeys(sorted(column.values(), key=_position_key)))
-    else:
-        keys = [*heads, *(["MLP"] if "MLP" in column.values() else [])]
-    cells: dict[tuple[Any, Any, str], list[str]] = {}
-    for name in sorted(inner, key=lambda n: (parts[n]["head"] is None, parts[n]["head"] or 0, n)):
-        cells.setdefault((parts[name]["layer"], column[name], parts[name]["sort"]), []).append(name)
-    widths = {key: max([1] + [len(found) for (_, c, _), found in cells.items() if c == key]) for key in keys}
-    left, middle = _MARGIN + 14.0, dict[Any, float]()
-    for key in keys:
-        middle[key] = left + widths[key] * _COLUMN / 2
-        left += widths[key] * _COLUMN
-    width = max(left + 20, 360.0)
-
-    levels = sorted({parts[name]["layer"] for name in inner}, reverse=True)
-    has_groups = {
-        level: any(parts[n]["sort"] == "group" and parts[n]["layer"] == level for n in inner) for level in levels
-    }
-    top, baseline = 62.0, dict[int, float]()
-    for i, level in enumerate(levels):
-        baseline[level] = top + 22
-        gap = i + 1 < len(levels) and level - levels[i + 1] > 1
-        top += _ROW + (24 if has_groups[level] else 0) + (12 if gap else 0)
-    height = top + 46
-
-    spread = {name: (i - (len(found) - 1) / 2) * _COLUMN for found in cells.values() for i, name in enumerate(found)}
-    nodes = [
-        Node(
-            name=name,
-            sort=parts[name]["sort"],
-            layer=parts[name]["layer"],
-            x=round(_middle(middle, column[name], width) + spread[name], 1),
-            y=baseline[parts[name]["layer"]] + {"mlp": -14, "group": 30}.get(parts[name]["sort"], 0),
-            tip=_tip(name, edges),
-        )
-        for name in inner
-    ]
-    outer = [name for name in names if name not in column]
-    ends = [("logits", 24.0), ("input", height - 24)]
-    for end, y in ends:
-        at = [name for name in outer if parts[name]["sort"] == end]
-        for i, name in enumerate(at):
-            x = (_MARGIN + width) / 2 + (i - (len(at) - 1) / 2) * 1.6 * _COLUMN
-            nodes.append(Node(name=name, sort=end, layer=None, x=round(x, 1), y=y, tip=_tip(name, edges)))
-    other = [name for name in outer if parts[name]["sort"] == "other"]
-    nodes += [
-        Node(name=name, sort="other", layer=None, x=width + i * _COLUMN, y=height - 24, tip=_tip(name, edges))
-        for i, name in enumerate(other)
-    ]
-    kept = {node.name for node in nodes}
-    return Layout(
-        nodes=nodes,
-        edges=[edge for edge in edges if edge.source in kept and edge.target in kept],
-        layers=[(level, baseline[level]) for level in levels],
-        columns=[(str(key) if by_position or key == "MLP" else f"h{key}", middle[key]) for key in keys],
-        groups=_members(nodes, parts, group),
-        width=width + len(other) * _COLUMN,
-        height=height,
-        n_edges=n_edges,
-        n_nodes=n_nodes,
-    )
-
-
-def _position_key(pos: Any) -> tuple[bool, Any]:
-    text = str(pos)
-    return (not text.lstrip("-").isdigit(), int(text) if text.lstrip("-").isdigit() else 0)
-
-
-def _middle(middle: Mapping[Any, float], column: Any, width: float) -> float:
-    """A column's middle; a key/value group stands between its heads, which may not all be columns of the picture."""
-    if column in middle:
-        return middle[column]
-    numbers = [key for key in middle if isinstance(key, int | float)]
-    if not isinstance(column, int | float) or not numbers:
-        return width / 2
-    below, above = (
-        max((k for k in numbers if k <= column), default=None),
-        min((k for k in numbers if k >= column), default=None),
-    )
-    ends = [middle[k] for k in (below, above) if k is not None]
-    return sum(ends) / len(ends)
-
-
-def _members(nodes: list[Node], parts: Mapping[str, Mapping[str, Any]], group: int) -> list[tuple[str, str]]:
-    """Which drawn heads read which drawn key/value group."""
-    return [
-        (kv.name, head.name)
-        for kv in nodes
-        if kv.sort == "group"
-        for head in nodes
-        if head.sort == "head" and head.layer == kv.layer
-        if parts[head.name]["head"] // group == parts[kv.name]["head"]
-        and parts[head.name]["pos"] == parts[kv.name]["pos"]
-    ]
-
-
-def _tip(name: str, edges: list[Edge]) -> str:
-    into, out = [e for e in edges if e.target == name], [e for e in edges if e.source == name]
-    lines = [f"{name}: {count(len(into), 'edge')} in, {count(len(out), 'edge')} out, of those drawn"]
-    lines += [edge.tip for edge in sorted([*into, *out], key=lambda e: -e.strength)[:8]]
-    return "\n".join(lines)
+_WIDTH, _HEIGHT = 50, 20
 
 
 def draw(
     layout: Layout, *, name: str, roles: Mapping[str, str] | None = None, hues: Mapping[str, str] | None = None
 ) -> str:
-    """The layout as an `<svg>` element. `roles` maps nodes to roles and `hues` roles to palette names (`c0`...)."""
+    """The layout as an `<svg>` element. `roles` maps nodes to roles and `hues` roles to palette names (`c0`...).
+
+    `name` is the element's id (letters, digits, `-`), which must be the only one of its page.
+    """
     roles, hues = roles or {}, hues or {}
     keys = {node.name: f"n{i}" for i, node in enumerate(layout.nodes)}
     at = {node.name: node for node in layout.nodes}
-    right = layout.width - 8
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" id="{name}" width="{layout.width:g}" height="{layout.height:g}" '
-        f'viewBox="0 0 {layout.width:g} {layout.height:g}" role="img" aria-label="The circuit: {len(layout.nodes)} nodes, '
-        f'{len(layout.edges)} edges, layers upwards" font-family="{escape(SANS)}">',
-        _style(name, keys.values()),
-    ]
+    out = [_style(name, keys.values())]
     for text, x in layout.columns:
-        out.append(f'<line x1="{x:g}" x2="{x:g}" y1="50" y2="{layout.height - 44:g}" stroke="{_var("grid")}"/>')
-        out.append(_text(x, layout.height - 4, text, size=10))
-        out.append(_text(x, 12, text, size=10) if layout.height > 700 else "")
+        out.append(element("line", x1=x, x2=x, y1=50, y2=layout.height - 44, stroke=var("grid")))
+        out += [_text(x, y, text) for y in (12, layout.height - 4)]
     for level, y in layout.layers:
-        out.append(f'<line x1="{_MARGIN}" x2="{right:g}" y1="{y:g}" y2="{y:g}" stroke="{_var("grid")}"/>')
-        out.append(_text(_MARGIN - 8, y + 3.5, f"layer {level}", size=10, anchor="end"))
+        out.append(element("line", x1=MARGIN, x2=layout.width - 8, y1=y, y2=y, stroke=var("grid")))
+        out.append(_text(MARGIN - 8, y + 3.5, f"layer {level}", anchor="end"))
     for kv, head in layout.groups:
         a, b = at[kv], at[head]
+        path = f"M{a.x:g},{a.y:g}L{b.x:g},{b.y + _HEIGHT / 2:g}"
+        out.append(element("path", d=path, stroke=var("soft"), stroke_dasharray="2 2", fill="none"))
+    for edge in sorted(layout.edges, key=lambda edge: edge.strength):
         out.append(
-            f'<path class="kv" d="M{a.x:g},{a.y:g}L{b.x:g},{b.y + _NODE_H / 2:g}" stroke="{_var("soft")}" stroke-dasharray="2 2" fill="none"/>'
-        )
-    for edge in sorted(layout.edges, key=lambda e: e.strength):
-        shade = _var("pos" if edge.score >= 0 else "neg")
-        out.append(
-            f'<path class="e {keys[edge.source]} {keys[edge.target]}" d="{_curve(at[edge.source], at[edge.target], edge.port)}" '
-            f'fill="none" stroke="{shade}" stroke-width="{0.7 + 5.3 * edge.strength**0.8:.2f}" '
-            f'stroke-opacity="{0.34 + 0.4 * edge.strength:.2f}" stroke-linecap="round"><title>{escape(edge.tip)}</title></path>'
+            element(
+                "path",
+                element("title", text=edge.tip),
+                class_=f"e {keys[edge.source]} {keys[edge.target]}",
+                d=_curve(at[edge.source], at[edge.target], edge.port),
+                fill="none",
+                stroke=var("pos" if edge.score >= 0 else "neg"),
+                stroke_width=round(0.7 + 5.3 * edge.strength**0.8, 2),
+                stroke_opacity=round(0.34 + 0.4 * edge.strength, 2),
+                stroke_linecap="round",
+            )
         )
     out += [_node(node, keys[node.name], roles.get(node.name), hues) for node in layout.nodes]
-    return "".join([*out, "</svg>"])
+    return element(
+        "svg",
+        *out,
+        xmlns="http://www.w3.org/2000/svg",
+        id=name,
+        width=layout.width,
+        height=layout.height,
+        viewBox=f"0 0 {layout.width:g} {layout.height:g}",
+        style=f"--w:{layout.width:g}px",
+        role="img",
+        aria_label=f"The circuit: {len(layout.nodes)} nodes, {len(layout.edges)} edges, layers upwards",
+        font_family=SANS,
+    )
 
 
-def _var(token: str) -> str:
-    return f"var(--{token}, {TOKENS[token][0]})"
-
-
-def _text(
-    x: float, y: float, text: str, *, size: float, anchor: str = "middle", fill: str = "soft", font: str = ""
-) -> str:
-    family = f' font-family="{escape(font)}"' if font else ""
-    return f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" text-anchor="{anchor}" fill="{_var(fill)}"{family}>{escape(visible(text, 24))}</text>'
+def _text(x: float, y: float, text: str, *, size: float = 10, anchor: str = "middle", fill: str = "soft") -> str:
+    family = MONO if fill == "ink" else None
+    shown = visible(text, 24)
+    return element("text", text=shown, x=x, y=y, font_size=size, text_anchor=anchor, fill=var(fill), font_family=family)
 
 
 def _node(node: Node, key: str, role: str | None, hues: Mapping[str, str]) -> str:
-    width = 62 if node.sort in ("input", "logits", "other") else _NODE_W
-    height = 16 if node.sort == "group" else _NODE_H
+    width = 62 if node.sort in ("input", "logits", "other") else _WIDTH
+    height = 16 if node.sort == "group" else _HEIGHT
     hue = hues.get(role or "")
-    edge, stroke = (_var(hue), 2.2) if hue else (_var("soft" if node.sort in ("input", "logits") else "null"), 1)
-    radius = 4 if node.sort == "mlp" else height / 2
-    tip = f"{node.tip}\nrole: {role}" if role else node.tip
-    box = (
-        f'<rect x="{node.x - width / 2:g}" y="{node.y - height / 2:g}" width="{width:g}" height="{height:g}" rx="{radius:g}" '
-        f'fill="{_var("paper")}" stroke="{edge}" stroke-width="{stroke}"/>'
-    )
-    tint = (
-        f'<rect x="{node.x - width / 2:g}" y="{node.y - height / 2:g}" width="{width:g}" height="{height:g}" rx="{radius:g}" fill="{_var(hue)}" fill-opacity=".16"/>'
-        if hue
-        else ""
-    )
+    place = {
+        "x": node.x - width / 2,
+        "y": node.y - height / 2,
+        "width": width,
+        "height": height,
+        "rx": 4 if node.sort == "mlp" else height / 2,
+    }
+    rim = hue or ("soft" if node.sort in ("input", "logits") else "null")
+    parts = [
+        element("title", text=f"{node.tip}\nrole: {role}" if role else node.tip),
+        element("rect", **place, fill=var("paper"), stroke=var(rim), stroke_width=2.2 if hue else 1),
+    ]
+    if hue:
+        parts.append(element("rect", **place, fill=var(hue), fill_opacity=0.16))
     shown = node.name.partition("@")[0]
-    label = _text(
-        node.x,
-        node.y + 3.4,
-        f"{shown} k v" if node.sort == "group" else shown,
-        size=9 if node.sort == "group" else 10,
-        fill="ink",
-        font=MONO,
-    )
-    return f'<g class="n" id="{key}" tabindex="0"><title>{escape(tip)}</title>{box}{tint}{label}</g>'.replace(
-        f'id="{key}"', f'data-k="{key}"'
-    )
+    if node.sort == "group":
+        parts.append(_text(node.x, node.y + 3.2, f"{shown.partition('.')[2]} k v", size=9, fill="ink"))
+    else:
+        parts.append(_text(node.x, node.y + 3.4, shown, fill="ink"))
+    return element("g", *parts, class_="n", data_k=key, tabindex=0)
 
 
 def _curve(source: Node, target: Node, port: str | None) -> str:
     """From the top of the source to the bottom of the target; q enters left, k in the middle, v right."""
     shift = {"q": -14.0, "k": -7.0 if target.sort == "group" else 0.0, "v": 14.0}.get(port or "", 0.0)
-    x1, y1 = source.x, source.y - (8 if source.sort == "group" else _NODE_H / 2)
-    x2, y2 = target.x + shift, target.y + (8 if target.sort == "group" else _NODE_H / 2)
+    x1, y1 = source.x, source.y - _HEIGHT / 2
+    x2, y2 = target.x + shift, target.y + (8 if target.sort == "group" else _HEIGHT / 2)
     rise = max(y1 - y2, 12.0)
     bow = 0.0
-    if abs(x1 - x2) < 30 and rise > 1.5 * _ROW:  # straight up its own column it would hide behind the nodes between
+    if abs(x1 - x2) < 30 and rise > 1.5 * ROW:  # straight up its own column it would hide behind the nodes between
         bow = (1 if (source.layer or 0) % 2 else -1) * (30 + min(rise / 14, 26))
     return f"M{x1:g},{y1:g}C{x1 + bow:g},{y1 - rise * 0.42:.1f} {x2 + bow:g},{y2 + rise * 0.42:.1f} {x2:g},{y2:g}"
 
 
-def _style(name: str, keys: Any) -> str:
+def _style(name: str, keys: Iterable[str]) -> str:
     """Hover and focus: what does not touch the node fades."""
-    fade = "".join(
-        f"#{name}:has([data-k={key}]:is(:hover,:focus)) .e:not(.{key}){{opacity:.07}}#{name}:has([data-k={key}]:is(:hover,:focus)) .e.{key}{{stroke-opacity:.9}}"
-        for key in keys
-    )
-    return f"<style>#{name} .n{{cursor:default;outline:none}}#{name} .e{{transition:opacity .12s}}{fade}</style>"
+    rules = [f"#{name} .n{{cursor:default;outline:none}}", f"#{name} .e{{transition:opacity .12s}}"]
+    for key in keys:
+        chosen = f"#{name}:has([data-k={key}]:is(:hover,:focus))"
+        rules += [f"{chosen} .e:not(.{key}){{opacity:.07}}", f"{chosen} .e.{key}{{stroke-opacity:.9}}"]
+    return f"<style>{''.join(rules)}</style>"

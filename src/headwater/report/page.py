@@ -1,4 +1,6 @@
-"""write_report: one HTML file for a run, readable without a network, without scripts, and by someone who was not there."""
+"""write_report: one HTML file for a run, readable without a network, without scripts, and by someone who was not
+there.
+"""
 
 import re
 from pathlib import Path
@@ -19,9 +21,9 @@ NAME = "report.html"
 def write_report(run_folder: str | Path | RunFolder) -> Path:
     """Write `report.html` into a run's folder, whole or not at all, and return its path.
 
-    Stages that are missing are named with the command that runs them. The file refers to nothing outside itself but the run's own
-    Parquet files, by relative links. The same stored results give the same bytes. Raises StoreError where the folder holds no run or
-    cannot be written.
+    Stages that are missing are named with the command that runs them. The file refers to nothing outside itself but
+    the run's own Parquet files, by relative links. The same stored results give the same bytes. Raises StoreError
+    where the folder holds no run or cannot be written.
     """
     gathered = gather(run_folder)
     path = gathered.folder / NAME

@@ -1,11 +1,12 @@
 """Charts as inline SVG that needs nothing else: no script, no font, no network.
 
-`inline` draws an Altair chart with vl-convert and then rewrites the drawing for a page that holds many of them: palette colours
-get their CSS names, each mark's description becomes a hover title, ids are made unique, and anything that could reach out of the
-page (links, images, scripts) is dropped, whatever put it there.
+`inline` draws an Altair chart with vl-convert and then rewrites the drawing for a page that holds many of them:
+palette colours get their CSS names, each mark's description becomes a hover title, ids are made unique, and anything
+that could reach out of the page (links, images, scripts) is dropped, whatever put it there.
 """
 
 import re
+from html import escape
 from typing import Any
 from xml.etree import ElementTree
 
@@ -39,8 +40,8 @@ _RGB = re.compile(r"rgb\((\d+), ?(\d+), ?(\d+)\)")
 def inline(chart: Any, *, name: str, label: str) -> str:
     """The chart as one `<svg>` element ready to stand inside HTML.
 
-    `name` prefixes the ids, so it must differ between the charts of a page; `label` is what a screen reader says. Raises
-    HeadwaterError when vl-convert cannot draw the chart.
+    `name` prefixes the ids, so it must differ between the charts of a page; `label` is what a screen reader says.
+    Raises HeadwaterError when vl-convert cannot draw the chart.
     """
     import vl_convert
 
@@ -55,9 +56,14 @@ def clean(drawn: str, *, name: str, label: str) -> str:
     """`inline` for SVG text that is already drawn."""
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(drawn)
-    _rewrite(root, re.sub(r"[^a-z0-9]+", "-", name.lower()))
+    prefix = re.sub(r"[^a-z0-9]+", "-", name.lower())
+    # vl-convert numbers ids on over all drawings of a process; counted anew, the same chart gives the same text
+    old = dict.fromkeys(found for node in root.iter() if (found := node.get("id")))
+    _rewrite(root, {name: f"{prefix}-{i}" for i, name in enumerate(old)})
     for key in ("version", "class"):
         root.attrib.pop(key, None)
+    # on a narrow screen a drawing shrinks to a readable width and scrolls from there on
+    root.set("style", f"--w:{root.get('width', '600')}px")
     root.set("role", "img")
     root.set("aria-label", label)
     return ElementTree.tostring(root, encoding="unicode")
@@ -81,6 +87,25 @@ def paint(value: str) -> str:
     return f"var(--{name}, {value})"
 
 
+def var(name: str) -> str:
+    """A palette name as a colour for SVG, with the light colour for where the page's style sheet is not at hand."""
+    return f"var(--{name}, {TOKENS[name][0]})"
+
+
+def element(tag: str, *children: str, text: str = "", **attributes: Any) -> str:
+    """An SVG element as text. Attribute values and `text` are escaped; `children` are elements already.
+
+    `stroke_width=2` becomes `stroke-width="2"`, `class_` becomes `class`; None is left out.
+    """
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{escape(f"{value:g}" if isinstance(value, float) else str(value))}"'
+        for key, value in attributes.items()
+        if value is not None
+    )
+    inside = "".join(children) + escape(text)
+    return f"<{tag}{written}>{inside}</{tag}>" if inside else f"<{tag}{written}/>"
+
+
 def _parse(value: str) -> tuple[int, int, int] | None:
     if found := _RGB.fullmatch(value):
         return (int(found[1]), int(found[2]), int(found[3]))
@@ -89,7 +114,7 @@ def _parse(value: str) -> tuple[int, int, int] | None:
     return None
 
 
-def _rewrite(element: ElementTree.Element, prefix: str) -> None:
+def _rewrite(element: ElementTree.Element, ids: dict[str, str]) -> None:
     for child in list(element):
         tag = child.tag.removeprefix(f"{{{_SVG}}}") if isinstance(child.tag, str) else ""
         # Vega draws an empty foreground and an invisible background for every group; they only cost bytes.
@@ -105,13 +130,13 @@ def _rewrite(element: ElementTree.Element, prefix: str) -> None:
             if key in _ROLES or key.startswith("on") or "href" in key:
                 del child.attrib[key]
             elif key == "id":
-                child.set(key, f"{prefix}-{value}")
-            elif value.startswith("url(#"):
-                child.set(key, f"url(#{prefix}-{value[5:]}")
+                child.set(key, ids[value])
+            elif value.startswith("url("):
+                child.set(key, f"url(#{ids.get(value[5:-1], '')})")
             elif key in _PAINT:
                 child.set(key, paint(value))
         if said:
             title = ElementTree.Element(f"{{{_SVG}}}title")
             title.text = said
             child.insert(0, title)
-        _rewrite(child, prefix)
+        _rewrite(child, ids)

@@ -1,9 +1,9 @@
 """One palette for charts and page, in light and dark.
 
-Charts are drawn once, in the light colours. Every colour of the palette has a name, and `svg.inline` puts the name next to the
-colour (`var(--pos, #0b5c8e)`), so that the page's style sheet, and with it the reader's light or dark setting, has the last word.
-The diverging ramp runs orange - paper - blue and the categorical colours follow Okabe and Ito (2008), both readable with every
-common colour-vision deficiency.
+Charts are drawn once, in the light colours. Every colour of the palette has a name, and `svg.inline` puts the name
+next to the colour (`var(--pos, #0b5c8e)`), so that the page's style sheet, and with it the reader's light or dark
+setting, has the last word. The diverging ramp runs orange - paper - blue and the categorical colours follow Okabe and
+Ito (2008), both readable with every common colour-vision deficiency.
 """
 
 from typing import Any
@@ -114,7 +114,7 @@ def altair_config() -> dict[str, Any]:
         "background": "transparent",
         "font": SANS,
         "view": {"stroke": None},
-        "axis": axis | {"tickColor": line, "titlePadding": 8, "labelLimit": 260},
+        "axis": axis | {"tickColor": line, "titlePadding": 8, "labelLimit": 260, "labelFlush": False},
         "axisBand": {"grid": False, "ticks": False, "domain": False, "labelPadding": 6},
         "legend": label
         | {"titleFontSize": 11, "titleFontWeight": "normal", "symbolStrokeWidth": 2, "gradientStrokeWidth": 0},

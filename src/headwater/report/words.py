@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 NOTHING = "–"
+_METRICS = {"logit_diff": "logit difference", "prob_diff": "probability difference", "kl": "KL divergence"}
 
 
 def finite(value: Any) -> float | None:
@@ -25,13 +26,13 @@ def number(value: Any, digits: int = 3) -> str:
         return NOTHING
     if found == 0:
         return "0"
-    if found.is_integer() and abs(found) < 1e6:
-        text = f"{found:,.0f}" if abs(found) >= 10 ** (digits - 1) else f"{found:.{digits - 1}f}"
-    elif abs(found) >= 1e6 or abs(found) < 1e-3:
+    if abs(found) >= 1e6 or abs(found) < 1e-3:
         text = f"{found:.{digits - 1}e}"
     else:
         text = f"{found:,.{max(0, digits - 1 - math.floor(math.log10(abs(found))))}f}"
-    return text.replace("-", "−") if text.startswith("-") else text
+    if "." in text and "e" not in text:
+        text = text.rstrip("0").rstrip(".")
+    return text.replace("-", "−")
 
 
 def percent(value: Any) -> str:
@@ -42,6 +43,12 @@ def percent(value: Any) -> str:
     share = 100 * found
     digits = 0 if abs(share) >= 99.95 or abs(share) >= 10 or share == 0 else 1 if abs(share) >= 0.1 else 2
     return f"{share:.{digits}f}%".replace("-", "−")
+
+
+def metric_name(name: Any) -> str:
+    """A metric as one says it: `logit_diff` is the logit difference."""
+    text = "" if name is None else str(name)
+    return _METRICS.get(text, visible(text.replace("_", " "), 60))
 
 
 def p_value(value: Any) -> str:
@@ -87,8 +94,8 @@ def listing(parts: Iterable[str], last: str = "and") -> str:
 def visible(text: Any, limit: int | None = None) -> str:
     """Text of a model or a file with nothing in it that a reader cannot see.
 
-    Control characters, and the marks that reverse the writing direction, would make a page say something else than the file does;
-    they are shown as escapes. Tabs and line ends become arrows. `limit` cuts with an ellipsis.
+    Control characters, and the marks that reverse the writing direction, would make a page say something else than
+    the file does; they are shown as escapes. Tabs and line ends become arrows. `limit` cuts with an ellipsis.
     """
     shown = "".join(map(_visible, "" if text is None else str(text)))
     return shown if limit is None or len(shown) <= limit else shown[: limit - 1] + "…"
@@ -116,7 +123,9 @@ _NODE = re.compile(
 
 
 def node_parts(name: str) -> dict[str, Any]:
-    """A node's name taken apart: sort (`head`, `group`, `mlp`, `input`, `logits`, `other`), layer, head, port, position."""
+    """A node's name taken apart: sort (`head`, `group`, `mlp`, `input`, `logits`, `other`), layer, head, port,
+    position.
+    """
     found = _NODE.fullmatch(name)
     if found is None:
         base, _, pos = name.partition("@")
@@ -136,3 +145,10 @@ def strongest(rows: Sequence[dict[str, Any]], key: str, n: int = 3) -> list[dict
     """The `n` rows whose `key` is furthest from zero, strongest first; rows without a number are left out."""
     kept = [row for row in rows if finite(row.get(key)) is not None]
     return sorted(kept, key=lambda row: -abs(row[key]))[:n]
+
+
+def middle_95(values: list[float]) -> tuple[float, float] | None:
+    """The ends of the middle 95% of the values, or None where there are none."""
+    ordered = sorted(values)
+    cut = int(0.025 * (len(ordered) - 1))
+    return (ordered[cut], ordered[-1 - cut]) if ordered else None

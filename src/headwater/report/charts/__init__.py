@@ -1,15 +1,34 @@
 """One chart function a kind of Result, in Altair; `Result.chart()` finds them here by the kind's name."""
 
-from headwater.report.charts.scores import attribution, strongest_nodes
+from typing import Any
+
 from headwater.report.charts.behaviors import behavior_report, canary, margins
 from headwater.report.charts.circuits import circuit, faithfulness, null
 from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.patches import patching
+from headwater.report.charts.scores import attribution, strongest_nodes
+from headwater.report.drawing import draw
+from headwater.report.layout import place
+from headwater.report.svg import inline
 
 KINDS = ("behavior_report", "patching", "attribution", "circuit", "faithfulness", "null", "effect", "heads", "ledger")
 
+
+def as_svg(result: Any, *, name: str = "chart") -> str:
+    """A result's chart as inline SVG, for pages and notebooks; empty where its kind has no chart. `name` prefixes
+    ids.
+    """
+    if result.kind not in KINDS:
+        return ""
+    label = f"Chart of {result.kind.replace('_', ' ')}"
+    if result.kind == "circuit":
+        return draw(place(result), name=name)
+    return inline(globals()[result.kind](result), name=name, label=label)
+
+
 __all__ = [
     "KINDS",
+    "as_svg",
     "attribution",
     "behavior_report",
     "canary",

@@ -6,7 +6,7 @@ import altair as alt
 
 from headwater.report.charts.parts import Row, data, intervals, nothing, rows, themed
 from headwater.report.theme import color
-from headwater.report.words import estimate, number, visible
+from headwater.report.words import estimate, metric_name, number, visible
 
 OVERALL = ("", "all", "overall", None)
 _BINS = 36
@@ -35,11 +35,12 @@ def behavior_report(result: Any, metric: str | None = None) -> Any:
         for row in kept
     ]
     hues = {"all": color("ink"), "slice": color("pos")}
-    chart = intervals(shown, x=wanted.replace("_", " "), hues=hues, grouped=True)
-    return themed(chart.resolve_legend(color="independent") if False else _without_legend(chart))
+    chart = intervals(shown, x=metric_name(wanted), hues=hues, grouped=True)
+    return themed(without_legend(chart))
 
 
-def _without_legend(chart: Any) -> Any:
+def without_legend(chart: Any) -> Any:
+    """A chart of grouped intervals without its legend, where the panels' names say it already."""
     for layer in chart.spec.layer:
         if layer.encoding.color is not alt.Undefined:
             layer.encoding.color.legend = None
@@ -108,6 +109,7 @@ def margins(result: Any) -> Any:
                         "from": start,
                         "to": end,
                         "n": n,
+                        "floor": 0,
                         "which": name,
                         "tip": f"{name}: {n} between {number(start)} and {number(end)}",
                     }
@@ -115,11 +117,12 @@ def margins(result: Any) -> Any:
     hues = {"prompt": color("pos"), "counterfactual": color("neg")}
     bars = (
         alt.Chart(data(bins))
-        .mark_bar(opacity=0.72)
+        .mark_rect(opacity=0.72)
         .encode(
             x=alt.X("from:Q", title="logit difference, answer minus foil", scale=alt.Scale(nice=True)),
             x2="to:Q",
-            y=alt.Y("n:Q", title="prompts", stack=None, axis=alt.Axis(tickMinStep=1, tickCount=4)),
+            y2="floor:Q",
+            y=alt.Y("n:Q", title="prompts", axis=alt.Axis(tickMinStep=1, tickCount=4)),
             color=alt.Color(
                 "which:N",
                 scale=alt.Scale(domain=list(hues), range=list(hues.values())),

@@ -1,13 +1,14 @@
 """Charts of a Circuit and of how well it stands: the graph, the faithfulness curve, the null."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import altair as alt
 
 from headwater.report.charts.parts import Row, data, nothing, rows, themed
-from headwater.report.drawing import place
+from headwater.report.layout import place
 from headwater.report.theme import color
-from headwater.report.words import estimate, finite, number, percent
+from headwater.report.words import estimate, finite, interval, middle_95, number, percent
 
 NULLS = {
     "edges": "random circuits of its size",
@@ -67,11 +68,12 @@ def faithfulness(result: Any, null: Any = None) -> Any:
         row
         | {"percent": 100 * row["fraction"]}
         | {
-            "tip": f"{percent(row['fraction'])} of the edges ({number(row['edges'])}): {estimate(row['faithfulness'], row['lo'], row['hi'])}"
+            "tip": f"{percent(row['fraction'])} of the edges ({number(row['edges'])}): "
+            f"{estimate(row['faithfulness'], row['lo'], row['hi'])}"
         }
         for row in found
     ]
-    sizes = [row["percent"] for row in shown]
+    sizes = [100 * row["fraction"] for row in found]
     x = alt.X(
         "percent:Q",
         title="edges kept, % of all (log scale)",
@@ -102,7 +104,7 @@ def faithfulness(result: Any, null: Any = None) -> Any:
     return themed(alt.layer(*layers).properties(width=520, height=240))
 
 
-def _log_axis(sizes: list[float]) -> alt.Axis:
+def _log_axis(sizes: Sequence[float]) -> alt.Axis:
     ticks = [t for t in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if min(sizes) <= t <= max(sizes)]
     return alt.Axis(values=ticks, grid=False, format="~g")
 
@@ -118,21 +120,21 @@ def null_band(null: Any) -> Row | None:
     """Where the middle 95% of the random circuits' draws lie, with the hover text; None without draws."""
     found = draw_rows(null)
     first = found[0]["kind"] if found else None
-    values = sorted(row["value"] for row in found if row["kind"] == first)
-    if not values:
+    values = [row["value"] for row in found if row["kind"] == first]
+    ends = middle_95(values)
+    if ends is None:
         return None
-    lo, hi = values[int(0.025 * (len(values) - 1))], values[-1 - int(0.025 * (len(values) - 1))]
     name = NULLS.get(str(first), str(first))
     return {
-        "lo": lo,
-        "hi": hi,
+        "lo": ends[0],
+        "hi": ends[1],
         "name": name,
-        "tip": f"{name}: 95% of {len(values)} draws lie in [{number(lo)}, {number(hi)}]",
+        "tip": f"{name}: 95% of {len(values)} draws lie in {interval(*ends)}",
     }
 
 
 def null(result: Any) -> Any:
-    """The null's draws as dots on one line a kind, and the observed value as a line through all of them."""
+    """How often the null reached which value, one panel a kind; the observed value as a line through all of them."""
     found = draw_rows(result)
     if not found:
         return themed(nothing("a null without draws"))
@@ -149,16 +151,24 @@ def null(result: Any) -> Any:
         for at, n in sorted(bins.items()):
             value = min(every) + at * width
             stacked.append(
-                {"kind": name, "from": value - width / 2, "to": value + width / 2, "n": n, "observed": observed}
+                {
+                    "floor": 0,
+                    "kind": name,
+                    "from": value - width / 2,
+                    "to": value + width / 2,
+                    "n": n,
+                    "observed": observed,
+                }
             )
             stacked[-1]["tip"] = f"{name}: {n} near {number(value)}"
     bars = (
         alt.Chart()
-        .mark_bar(color=color("null"))
+        .mark_rect(color=color("null"))
         .encode(
             x=alt.X("from:Q", title="value under the null (line: observed)", scale=alt.Scale(zero=False)),
             x2="to:Q",
             y=alt.Y("n:Q", title="draws", axis=alt.Axis(tickMinStep=1, tickCount=3)),
+            y2="floor:Q",
             description="tip:N",
             tooltip="tip:N",
         )
@@ -169,5 +179,7 @@ def null(result: Any) -> Any:
     header = alt.Header(orient="top", labelAnchor="start", title=None, labelPadding=2)
     chart = alt.layer(*layers, data=data(stacked)).properties(width=520, height=70)
     return themed(
-        chart.facet(row=alt.Row("kind:N", sort=None, header=header), spacing=12).resolve_scale(y="independent")
+        chart.facet(
+            row=alt.Row("kind:N", sort=list(dict.fromkeys(row["kind"] for row in stacked)), header=header), spacing=12
+        ).resolve_scale(y="independent")
     )

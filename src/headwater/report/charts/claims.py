@@ -4,9 +4,10 @@ from typing import Any
 
 import altair as alt
 
+from headwater.report.charts.behaviors import without_legend
 from headwater.report.charts.parts import Row, intervals, nothing, rows, themed
 from headwater.report.theme import CATEGORIES, color
-from headwater.report.words import estimate, number, p_value, visible
+from headwater.report.words import estimate, metric_name, number, p_value, visible
 
 STATUS = {"supported": "good", "refuted": "bad", "inconclusive": "open"}
 
@@ -32,7 +33,8 @@ def heads(result: Any) -> Any:
             "lo": row["lo"] if measure == "effect" else None,
             "hi": row["hi"] if measure == "effect" else None,
             "null": row["null"],
-            "tip": f"a{row['layer']}.h{row['head']}, {row['role']}: effect {estimate(row['effect'], row['lo'], row['hi'])}, "
+            "tip": f"a{row['layer']}.h{row['head']}, {row['role']}: "
+            f"effect {estimate(row['effect'], row['lo'], row['hi'])}, "
             f"attention {number(row['attention'])}, null {number(row['null'])}, p {p_value(row['p'])}",
         }
         for row in found
@@ -41,10 +43,7 @@ def heads(result: Any) -> Any:
     if any(row["null"] is not None for row in shown):
         tick = alt.Chart().mark_tick(color=color("null"), thickness=2, height=12)
         chart.spec.layer.append(tick.encode(x="null:Q", y=alt.Y("label:N", sort=None)))
-    for layer in chart.spec.layer:
-        if layer.encoding.color is not alt.Undefined:
-            layer.encoding.color.legend = None
-    return themed(chart)
+    return themed(without_legend(chart))
 
 
 def effect(result: Any) -> Any:
@@ -60,7 +59,7 @@ def effect(result: Any) -> Any:
     shown = [
         {
             "label": visible(row["action"], 40),
-            "group": visible(str(row["measure"]).replace("_", " "), 60),
+            "group": f"change in {metric_name(row['measure'])}",
             "value": row["change"],
             "lo": row["lo"],
             "hi": row["hi"],
@@ -72,7 +71,7 @@ def effect(result: Any) -> Any:
         for row in sorted(found, key=lambda row: order.index(row["measure"]))
     ]
     hues = {"action": color("pos"), "baseline": color("null")}
-    return themed(intervals(shown, x="change", hues=hues, grouped=True, independent=True))
+    return themed(intervals(shown, x=None, hues=hues, grouped=True, independent=True))
 
 
 def change(row: Row) -> float | None:

@@ -46,7 +46,7 @@ def nothing(text: str = "nothing to draw") -> Any:
 def intervals(
     values: Sequence[Row],
     *,
-    x: str,
+    x: str | None,
     hues: Mapping[str, str] | None = None,
     legend: str | None = None,
     grouped: bool = False,
@@ -57,8 +57,9 @@ def intervals(
 ) -> Any:
     """Dots with intervals, one line a row.
 
-    Rows hold `label`, `value`, `lo`, `hi`, `tip` and, where used, `hue` (a key of `hues`, which gives its colour), `group` (a panel of
-    its own) and `reference` (a dashed line, one a group). `independent` gives each group its own scale.
+    Rows hold `label`, `value`, `lo`, `hi`, `tip` and, where used, `hue` (a key of `hues`, which gives its colour),
+    `group` (a panel of its own) and `reference` (a dashed line, one a group). `independent` gives each group its own
+    scale.
     """
     if not values:
         return nothing()
@@ -74,15 +75,18 @@ def intervals(
     base = alt.Chart().encode(y=y, description="tip:N", tooltip="tip:N")
     reference = alt.Chart().mark_rule(color=color("null"), strokeDash=[3, 3]).encode(x="mean(reference):Q")
     spread = base.mark_rule(strokeWidth=2, opacity=0.55).encode(x="lo:Q", x2="hi:Q", color=hue)
-    dot = base.mark_point(size=52, filled=True, opacity=1).encode(x=alt.X("value:Q", title=x, scale=along), color=hue)
+    dot = base.mark_point(size=52, filled=True, opacity=1).encode(
+        x=alt.X("value:Q", title=x, scale=along, axis=alt.Axis(tickCount=6, labelFlush=False)), color=hue
+    )
     layers = [spread, dot]
     if any(row["reference"] is not None for row in filled):
         layers.insert(0, reference)
     chart = alt.layer(*layers, data=data(filled)).properties(width=width, height=alt.Step(step))
     if not grouped:
         return chart
+    panels = list(dict.fromkeys(row["group"] for row in filled))
     header = alt.Header(orient="top", labelAnchor="start", labelPadding=2, title=None)
-    chart = chart.facet(row=alt.Row("group:N", sort=None, header=header, title=None), spacing=14)
+    chart = chart.facet(row=alt.Row("group:N", sort=panels, header=header, title=None), spacing=14)
     return chart.resolve_scale(y="independent", x="independent" if independent else "shared")
 
 
@@ -95,7 +99,6 @@ def heat(
     legend: str = "effect",
     extreme: float,
     step: tuple[int, int] = (30, 13),
-    show_legend: bool = True,
 ) -> Any:
     """A heat map of rows with `x`, `y`, `value` and `tip`; columns and rows in the order given, rows upwards.
 
@@ -106,16 +109,21 @@ def heat(
     shade = alt.Color(
         "value:Q",
         scale=alt.Scale(domain=[-edge, edge], range=RAMP, clamp=True),
-        legend=alt.Legend(title=legend, gradientLength=120, gradientThickness=9, tickCount=5) if show_legend else None,
+        legend=alt.Legend(title=legend, gradientLength=120, gradientThickness=9, tickCount=5),
     )
-    turned = max(len(str(column)) for column in columns) * 6.5 > step[0]
+    turned = max(len(part) for column in columns for part in str(column).split("\n")) * 6.2 > step[0] + 4
+    broken = any("\n" in str(column) for column in columns) and not turned
+    ticks = alt.Axis(
+        labelAngle=-45 if turned else 0,
+        labelOverlap=not turned,
+        # a label's second line; turned labels stay on one
+        labelExpr="split(datum.label, '\\n')" if broken else "replace(datum.label, '\\n', ' · ')",
+    )
     return (
         alt.Chart(data(values))
         .mark_rect(stroke=color("paper"), strokeWidth=0.6)
         .encode(
-            x=alt.X(
-                "x:N", sort=columns, title=x, axis=alt.Axis(labelAngle=-45 if turned else 0, labelOverlap=not turned)
-            ),
+            x=alt.X("x:N", sort=columns, title=x, axis=ticks),
             y=alt.Y("y:N", sort=lines[::-1], title=y, axis=alt.Axis(labelOverlap=True)),
             color=shade,
             description="tip:N",

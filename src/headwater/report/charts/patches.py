@@ -24,51 +24,69 @@ SITES = {
     "neurons": "the MLP's neurons",
 }
 DIRECTIONS = {
-    "denoise": "put back from the clean run into the corrupt one",
-    "noise": "taken out: corrupt value into the clean run",
+    "denoise": "clean value put into the corrupt run",
+    "noise": "corrupt value put into the clean run",
 }
 _MOST_HEADS = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One heat map of a patching result: what was patched, its rows, and the chart."""
+    """What was patched in one direction at one kind of site, by what columns, and the rows that say how it went."""
 
     kind: str
     direction: str
     by: str
     """What the columns are: `position`, `head`, `head and position`, or `layer` (no heat map)."""
     rows: list[Row]
-    chart: Any
+    names: dict[str, str]
+    """What to write below a position's column, where it is not the position's name."""
 
 
 def patching(result: Any) -> Any:
-    """All panels of the result below each other."""
-    drawn = [panel.chart.properties(title=panel_title(panel)) for panel in panels(result)]
+    """All panels of the result below each other, those of the same sites in both directions side by side."""
+    grouped = group_panels(panels(result))
+    drawn = [draw_panels(group, title=True) for group in grouped]
     return themed(alt.vconcat(*drawn).resolve_scale(color="independent") if drawn else nothing())
 
 
+def group_panels(every: list[Panel]) -> list[list[Panel]]:
+    """Panels that belong side by side: the same sites patched in both directions."""
+    grouped: dict[tuple[str, str], list[Panel]] = {}
+    for panel in every:
+        grouped.setdefault((panel.kind, panel.by), []).append(panel)
+    return list(grouped.values())
+
+
 def panel_title(panel: Panel) -> str:
-    """What a panel shows, as a title."""
-    site, how = SITES.get(panel.kind, panel.kind), DIRECTIONS.get(panel.direction, panel.direction)
-    return f"{site[:1].upper()}{site[1:]}, {how}" if how else f"{site[:1].upper()}{site[1:]}"
+    """What was patched, as a title."""
+    site = SITES.get(panel.kind, panel.kind.replace("_", " "))
+    return f"{site[:1].upper()}{site[1:]}, by layer" + (f" and {panel.by}" if panel.by in ("head", "position") else "")
+
+
+def draw_panels(group: list[Panel], *, title: bool = False) -> Any:
+    """Panels side by side under one colour scale, each headed by its direction."""
+    extreme = max(abs(row["effect"]) for panel in group for row in panel.rows)
+    drawn = []
+    for panel in group:
+        heading = [panel_title(panel)] if title else []
+        heading += [DIRECTIONS.get(panel.direction, panel.direction)] if panel.direction else []
+        drawn.append(_draw(panel, extreme, len(group)).properties(title="; ".join(heading)))
+    return alt.hconcat(*drawn, spacing=28) if len(drawn) > 1 else drawn[0]
 
 
 def panels(result: Any) -> list[Panel]:
-    """One panel for each direction, kind of site, and pair of axes that the result holds, not yet themed."""
-    found = rows(
-        result.tables.get("effects"), "site", "kind", "layer", "head", "position", "effect", "lo", "hi", "direction"
-    )
+    """One panel for each direction, kind of site, and pair of axes that the result holds."""
+    columns = ("site", "kind", "layer", "head", "position", "effect", "lo", "hi", "n", "direction")
+    axes = {(True, True): "head and position", (True, False): "head", (False, True): "position"}
     split: dict[tuple[str, str, str], list[Row]] = {}
-    for row in found:
-        if row["effect"] is None:
-            continue
-        by = {(True, True): "head and position", (True, False): "head", (False, True): "position"}.get(
-            (row["head"] is not None, row["position"] is not None), "layer"
-        )
-        split.setdefault((str(row["direction"] or ""), str(row["kind"] or ""), by), []).append(row)
+    for row in rows(result.tables.get("effects"), *columns):
+        if row["effect"] is not None:
+            by = axes.get((row["head"] is not None, row["position"] is not None), "layer")
+            split.setdefault((str(row["direction"] or ""), str(row["kind"] or ""), by), []).append(row)
+    names = labels(result)
     return [
-        Panel(kind=kind, direction=direction, by=by, rows=group, chart=_draw(group, by, labels(result)))
+        Panel(kind=kind, direction=direction, by=by, rows=group, names=names)
         for (direction, kind, by), group in split.items()
     ]
 
@@ -78,53 +96,54 @@ def labels(result: Any) -> dict[str, str]:
     known = result.facts.get("position_labels") or result.facts.get("tokens") or {}
     if isinstance(known, list):
         known = {str(i): text for i, text in enumerate(known)}
-    return {str(name): f"{token(text)} · {name}" for name, text in known.items()} if isinstance(known, dict) else {}
+    return {str(name): f"{token(text, 12)}\n{name}" for name, text in known.items()} if isinstance(known, dict) else {}
 
 
-def _draw(group: list[Row], by: str, names: dict[str, str]) -> Any:
-    extreme = max(abs(row["effect"]) for row in group)
+def _draw(panel: Panel, extreme: float, n_panels: int) -> Any:
+    group, by = panel.rows, panel.by
     if by == "layer":
         ordered = sorted(group, key=lambda row: (row["layer"] is None, row["layer"]), reverse=True)
         shown = [
             _cell(row, "", "") | {"label": f"layer {row['layer']}" if row["layer"] is not None else row["site"]}
             for row in ordered
         ]
-        return intervals(shown, x="effect (1 = all the way)", step=14)
+        return intervals(shown, x="effect", step=14, width=400 // n_panels)
     if by == "head and position":
         best: dict[tuple[int, int], float] = {}
         for row in group:
             key = (row["layer"], row["head"])
             best[key] = max(best.get(key, 0.0), abs(row["effect"]))
-        kept = sorted(sorted(best, key=lambda key: -best[key])[:_MOST_HEADS])
-        group = [row for row in group if (row["layer"], row["head"]) in kept]
-        group.sort(key=lambda row: (row["layer"], row["head"]))
-        cells = [_cell(row, _column(row, names), f"a{row['layer']}.h{row['head']}") for row in group]
-        return heat(cells, x="position", y="head", extreme=extreme, step=(_width(cells), 15))
-    if by == "head":
-        group = sorted(group, key=lambda row: (row["layer"] or 0, row["head"]))
-        cells = [_cell(row, f"h{row['head']}", row["layer"]) for row in sorted(group, key=lambda row: row["head"])]
-        cells.sort(key=lambda cell: cell["y"] if cell["y"] is not None else -1)
-        return heat(
-            cells, x="head", y="layer", extreme=extreme, step=(34 if len({c["x"] for c in cells}) <= 16 else 20, 13)
-        )
-    order = list(dict.fromkeys(_column(row, names) for row in group))
-    group = sorted(group, key=lambda row: (row["layer"] is not None, row["layer"] or 0))
-    cells = [_cell(row, _column(row, names), row["layer"]) for row in group]
-    cells.sort(key=lambda cell: (cell["y"] is not None, cell["y"] or 0, order.index(cell["x"])))
-    return heat(cells, x="position", y="layer", extreme=extreme, step=(_width(cells), 13))
+        kept = set(sorted(best, key=lambda key: -best[key])[:_MOST_HEADS])
+        group = sorted((row for row in group if (row["layer"], row["head"]) in kept), key=_depth)
+        cells = [_cell(row, _column(row, panel.names), f"a{row['layer']}.h{row['head']}") for row in group]
+    elif by == "head":
+        cells = [_cell(row, f"h{row['head']}", row["layer"]) for row in sorted(group, key=_depth)]
+    else:
+        order = list(dict.fromkeys(row["position"] for row in group))
+        group = sorted(group, key=lambda row: (*_depth(row), order.index(row["position"])))
+        cells = [_cell(row, _column(row, panel.names), row["layer"]) for row in group]
+    columns = list(dict.fromkeys(cell["x"] for cell in cells))
+    widest = max(len(part) for column in columns for part in column.split("\n"))
+    room = (720 - 90 * n_panels) // n_panels // len(columns)
+    width = max(17, min(room, max(34, round(6.2 * widest) + 12)))
+    step = (width, 15 if by == "head and position" else 13)
+    x = "head" if by == "head" else "position"
+    y = "head" if by == "head and position" else "layer"
+    return heat(cells, x=x, y=y, extreme=extreme, step=step)
+
+
+def _depth(row: Row) -> tuple[bool, int, int]:
+    """Sort key: sites without a layer (the embedding) lowest, then layer by layer, head by head."""
+    return (row["layer"] is not None, row["layer"] or 0, row["head"] or 0)
 
 
 def _column(row: Row, names: dict[str, str]) -> str:
     return names.get(str(row["position"]), str(row["position"]))
 
 
-def _width(cells: list[Row]) -> int:
-    return max(18, min(54, 620 // max(1, len({cell["x"] for cell in cells}))))
-
-
 def _cell(row: Row, x: str, y: Any) -> Row:
     site = row["site"] or row["kind"]
-    at = f" at {x}" if x and "@" not in str(site) else ""
+    at = f" at {x!s}".replace("\n", " ") if x and "@" not in str(site) else ""
     return {
         "x": x,
         "y": y,

@@ -10,7 +10,9 @@ from headwater.report.words import node_parts, number, strongest
 
 
 def node_rows(result: Any) -> list[Row]:
-    """The rows of `nodes` with the parts of each node's name; where there are only edges, what leaves each node is summed."""
+    """The rows of `nodes` with the parts of each node's name; where there are only edges, what leaves each node is
+    summed.
+    """
     found = rows(result.tables.get("nodes"), "node", "layer", "score")
     if not found:
         totals: dict[str, float] = {}
@@ -31,7 +33,7 @@ def attribution(result: Any) -> Any:
     heads = sorted((row for row in drawn if row["sort"] == "head"), key=lambda row: (row["layer"], row["head"]))
     mlps = sorted((row for row in drawn if row["sort"] == "mlp"), key=lambda row: row["layer"])
     width = 34 if len({row["head"] for row in heads}) <= 16 else 20
-    maps = [
+    maps: list[Any] = [
         heat(
             [_cell(row, name(row)) for row in group],
             x=axis,
@@ -43,6 +45,8 @@ def attribution(result: Any) -> Any:
         for group, axis, name in ((heads, "head", lambda row: f"h{row['head']}"), (mlps, " ", lambda _: "MLP"))
         if group
     ]
+    if len(maps) > 1:
+        maps[1].encoding.y.axis = None
     for chart in maps:  # both maps show every layer, so that a row is one layer across them
         chart.encoding.y.scale = alt.Scale(domain=[str(layer) for layer in reversed(layers)])
         chart.encoding.y.sort = alt.Undefined

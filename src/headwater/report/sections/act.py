@@ -5,7 +5,7 @@ from headwater.report.charts.claims import change
 from headwater.report.charts.claims import effect as chart
 from headwater.report.charts.parts import Row, rows
 from headwater.report.sections.base import Context, missing
-from headwater.report.words import estimate, interval, number, visible
+from headwater.report.words import estimate, interval, metric_name, number, visible
 
 _COLUMNS = ("action", "measure", "before", "after", "change", "lo", "hi", "n", "baseline", "note")
 
@@ -27,14 +27,17 @@ def acting(context: Context) -> Section:
                 item,
                 lambda item=item: chart(item.result),
                 title=f"What each action changes{name}",
-                caption="Blue: actions on the mechanism. Grey: baselines on the same budget (prompting, random controls). Each measure has its own scale; the dashed line is no change.",
+                caption=(
+                    "Blue: actions on the mechanism. Grey: baselines on the same budget (prompting, "
+                    "random controls). Each measure has its own scale; the dashed line is no change."
+                ),
                 tables=["rows"],
             )
         )
         body = [
             [
                 cell(row["action"]),
-                cell(str(row["measure"] or "").replace("_", " ")),
+                cell(metric_name(row["measure"])),
                 cell(row["before"]),
                 cell(row["after"]),
                 cell(row["change"]),
@@ -61,11 +64,15 @@ def _lead(table: list[Row]) -> list[str]:
     if not acts:
         return []
     best = max(acts, key=lambda row: abs(row["change"]))
-    name = str(first).replace("_", " ")
-    text = f"{visible(best['action'], 60)} changes {name} from {number(best['before'])} to {number(best['after'])} ({estimate(best['change'], best['lo'], best['hi'])})"
+    name = metric_name(first)
+    text = (
+        f"{visible(best['action'], 60)} changes {name} from {number(best['before'])} to "
+        f"{number(best['after'])} ({estimate(best['change'], best['lo'], best['hi'])})"
+    )
     if controls:
         other = max(controls, key=lambda row: abs(row["change"]))
-        text += f"; the strongest baseline, {visible(other['action'], 60)}, changes it by {estimate(other['change'], other['lo'], other['hi'])}"
+        by = estimate(other["change"], other["lo"], other["hi"])
+        text += f"; the strongest baseline, {visible(other['action'], 60)}, changes it by {by}"
     lines = [f"{text[:1].upper()}{text[1:]}."]
     side = [
         row
@@ -76,8 +83,7 @@ def _lead(table: list[Row]) -> list[str]:
         lines.append(
             "What else it changes: "
             + "; ".join(
-                f"{str(row['measure']).replace('_', ' ')} {estimate(row['change'], row['lo'], row['hi'])}"
-                for row in side
+                f"{metric_name(row['measure'])} {estimate(row['change'], row['lo'], row['hi'])}" for row in side
             )
             + "."
         )

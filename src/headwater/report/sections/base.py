@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from headwater.report.blocks import Figure, Note, Section, source
+from headwater.report.blocks import Figure, Note, Section, Source, source
 from headwater.report.charts.claims import claim_rows, role_hues
 from headwater.report.charts.parts import Row, rows
 from headwater.report.gather import Found, Gathered
@@ -23,12 +23,15 @@ class Context:
     def __init__(self, run: Gathered) -> None:
         self.run = run
         self._figures = 0
+        self._carried: dict[str, str] = {}
 
     # --- names
 
     @property
     def folder(self) -> str:
-        """The run's folder as a reader may type it: relative where it can be, and never more of this machine than needed."""
+        """The run's folder as a reader may type it: relative where it can be, and never more of this machine than
+        needed.
+        """
         path = self.run.folder
         try:
             path = path.resolve().relative_to(Path.cwd().resolve())
@@ -88,6 +91,7 @@ class Context:
         caption: str = "",
         tables: Sequence[str],
         code: str = ".chart()",
+        legend: Sequence[tuple[str, str]] = (),
         others: Sequence[Found] = (),
     ) -> Figure | Note:
         """A chart as a numbered figure with its data and code; where it cannot be drawn, a note that says why."""
@@ -104,8 +108,14 @@ class Context:
                 text=f"{title}: this figure could not be drawn ({type(error).__name__}: {visible(error, 300)}).",
                 tone="broken",
             )
-        sources = [source(item, table) for item in (found, *others) for table in tables if table in item.result.tables]
+        sources = [
+            self._source(item, table, name)
+            for item in (found, *others)
+            for table in tables
+            if table in item.result.tables
+        ]
         return Figure(
+            legend=legend,
             id=name,
             number=self._figures,
             title=title,
@@ -114,6 +124,14 @@ class Context:
             sources=sources,
             code=_code(found, code),
         )
+
+    def _source(self, found: Found, table: str, figure: str) -> Source:
+        """A figure's data; a table that an earlier figure carries is only pointed to."""
+        path = f"{found.where}/{table}.parquet"
+        carrier = self._carried.setdefault(path, figure)
+        if carrier == figure:
+            return source(found, table)
+        return Source(name=table, path=path, n_rows=found.result.tables[table].height, same_as=carrier)
 
 
 def _code(found: Found, code: str) -> str:

@@ -7,7 +7,7 @@ from headwater.report.charts.behaviors import behavior_report, canary, is_overal
 from headwater.report.charts.parts import Row, rows
 from headwater.report.gather import Found
 from headwater.report.sections.base import Context, missing
-from headwater.report.words import count, estimate, finite, interval, number, percent, token, visible
+from headwater.report.words import count, estimate, finite, interval, metric_name, number, percent, token, visible
 
 _TITLE = "What the model does"
 
@@ -43,7 +43,7 @@ def behavior(context: Context) -> Section:
             context.figure(
                 found,
                 lambda: behavior_report(found.result, main),
-                title=f"{main.replace('_', ' ').capitalize()} in each slice",
+                title=f"{_upper(metric_name(main))} in each slice",
                 caption="Dots are means, bars 95% bootstrap intervals; the dashed line is the mean over all prompts.",
                 tables=["metrics"],
             )
@@ -61,7 +61,10 @@ def _lead(context: Context, overall: dict[Any, Row]) -> str:
             f"{context.model} prefers the right answer on {percent(right['value'])} of {number(right['n'])} prompts"
         )
     if margin:
-        text = f"the answer's logit exceeds the foil's by {estimate(margin['value'], margin['lo'], margin['hi'])} on average"
+        text = (
+            "the answer's logit exceeds the foil's by "
+            f"{estimate(margin['value'], margin['lo'], margin['hi'])} on average"
+        )
         parts.append(text if parts else f"In {context.model}, {text}")
     return "; ".join(parts) + "." if parts else f"How {context.model} does on {context.behavior}."
 
@@ -78,11 +81,12 @@ def _slices_lead(metrics: list[Row]) -> list[str]:
         return []
     worst, best = min(sliced, key=lambda row: row["value"]), max(sliced, key=lambda row: row["value"])
     show = percent if worst["metric"] == "accuracy" else number
-    metric = str(worst["metric"]).replace("_", " ")
+    metric = metric_name(worst["metric"])
     if worst["value"] == best["value"]:
         return [f"No slice differs: {metric} is {show(best['value'])} in all {len(sliced)}."]
     return [
-        f"The hardest slice is {_slice(worst)} ({metric} {show(worst['value'])}), the easiest {_slice(best)} ({show(best['value'])})."
+        f"The hardest slice is {_slice(worst)} ({metric} {show(worst['value'])}), the easiest "
+        f"{_slice(best)} ({show(best['value'])})."
     ]
 
 
@@ -93,7 +97,7 @@ def _slice(row: Row) -> str:
 def _metrics(overall: dict[Any, Row]) -> Table:
     body = [
         [
-            cell(str(name).replace("_", " ")),
+            cell(metric_name(name)),
             cell(row["value"]),
             Cell(text=interval(row["lo"], row["hi"]) or "–", numeric=True),
             cell(row["n"]),
@@ -171,7 +175,10 @@ def _canary(context: Context, found: Found) -> list[Any]:
     ]
     best = max(table, key=lambda row: row["accuracy"])
     names = ", ".join(dict.fromkeys(f"{row['format']}" for row in fails))
-    lead = f"The same questions in {count(len({row['format'] for row in table}), 'format')}: best as {best['format']} ({percent(best['accuracy'])})"
+    lead = (
+        f"The same questions in {count(len({row['format'] for row in table}), 'format')}: best as "
+        f"{best['format']} ({percent(best['accuracy'])})"
+    )
     lead += (
         f"; not above chance in some conditions of {names}: there the model lacks the format, not the answer."
         if fails
@@ -198,3 +205,7 @@ def _dropped(found: Found) -> list[Any]:
     body = [[cell(reason), cell(n)] for reason, n in sorted(reasons.items(), key=lambda item: -item[1])]
     caption = f"{count(table.height, 'pair')} could not be used with this model's tokenizer and are in no number above."
     return [Heading(text="Pairs that were dropped"), Table(columns=("reason", "pairs"), rows=body, caption=caption)]
+
+
+def _upper(text: str) -> str:
+    return text[:1].upper() + text[1:]

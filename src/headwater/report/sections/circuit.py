@@ -5,8 +5,9 @@ from typing import Any
 from headwater.report.blocks import Heading, Section, Table, cell
 from headwater.report.charts.circuits import NULLS, draw_rows, faithfulness, null, null_band
 from headwater.report.charts.parts import Row, rows
-from headwater.report.drawing import draw, place
+from headwater.report.drawing import draw
 from headwater.report.gather import Found
+from headwater.report.layout import place
 from headwater.report.sections.base import Context, missing
 from headwater.report.words import (
     count,
@@ -41,7 +42,8 @@ def circuit(context: Context) -> Section:
     layers = sorted({parts["layer"] for name in names if (parts := node_parts(name))["layer"] is not None})
     span = f", in layers {layers[0]} to {layers[-1]}" if layers else ""
     lead = [
-        f"{number(n)} edges{share} between {number(n_nodes)} nodes, {count(len(heads), 'attention head')} among them{span}."
+        f"{number(n)} edges{share} between {number(n_nodes)} nodes, "
+        f"{count(len(heads), 'attention head')} among them{span}."
     ]
     edges = rows(found.result.tables.get("edges"), "source", "target", "score")
     if top := strongest(edges, "score", 3):
@@ -51,10 +53,18 @@ def circuit(context: Context) -> Section:
     shown = {node.name for node in layout.nodes}
     used = {role for name, role in roles.items() if name in shown}
     if layout.hidden > 0:
-        drawn = f"The {len(layout.edges)} strongest edges are drawn; {layout.hidden:,} weaker ones and {count(max(0, int(n_nodes) - sum(node.sort != 'group' for node in layout.nodes)), 'node')} that only they touch are not."
+        drawn = (
+            f"The {len(layout.edges)} strongest edges are drawn; {layout.hidden:,} weaker ones and "
+            f"{count(max(0, int(n_nodes) - sum(node.sort != 'group' for node in layout.nodes)), 'node')} "
+            "that only they touch are not."
+        )
     else:
         drawn = f"All {count(len(layout.edges), 'edge')} are drawn."
-    caption = f"{drawn} Layers go up, width is strength, blue raises the metric and orange lowers it; an edge enters a head at its left for queries, in the middle for keys, at its right for values. Hover over a node to follow its edges."
+    caption = (
+        f"{drawn} Layers go up, width is strength, blue raises the metric and orange lowers it; an edge "
+        "enters a head at its left for queries, in the middle for keys, at its right for values. Hover "
+        "over a node to follow its edges."
+    )
     if any(node.sort == "group" for node in layout.nodes):
         caption += (
             " Heads that share keys and values share one “k v” box (keys left, values right), joined to them by dashes."
@@ -66,14 +76,13 @@ def circuit(context: Context) -> Section:
             title="The circuit, from input to logits",
             caption=caption,
             tables=["edges", "nodes"],
-            code='from headwater.report.drawing import draw, place\nopen("circuit.svg", "w").write(draw(place(found), name="circuit"))',
+            legend=[(token, role.replace("_", " ")) for role, token in hues.items() if role in used],
+            code="from headwater.report.charts import as_svg\nopen('circuit.svg', 'w').write(as_svg(found))",
         )
     )
-    if used:
-        section.blocks.append(_legend({role: hues[role] for role in hues if role in used}))
     body = [
         [cell(row["source"], style="mono"), cell(row["target"], style="mono"), cell(row["score"])]
-        for row in strongest(edges, "score", 12)
+        for row in strongest(edges, "score", 8)
     ]
     section.blocks.append(
         Table(columns=("from", "into", "score"), rows=body, caption=f"The strongest of {number(n)} edges.")
@@ -85,19 +94,16 @@ def _edge(row: Row) -> str:
     return f"{row['source']} → {row['target']} ({number(row['score'])})"
 
 
-def _legend(hues: dict[str, str]) -> Any:
-    from headwater.report.blocks import Legend
-
-    return Legend(items=[(token, role.replace("_", " ")) for role, token in hues.items()])
-
-
 def strength(context: Context) -> Section:
     """Faithfulness over size, and what random circuits of the same size reach."""
     title = "Is the circuit enough?"
     curves = [item for item in context.run.all("faithfulness") if rows(item.result.tables.get("curve"))]
     nulls = [item for item in context.run.all("null") if draw_rows(item.result)]
     if not curves and not nulls:
-        what = "It runs the model with every edge outside the circuit carrying its counterfactual value, at several sizes and for random circuits."
+        what = (
+            "It runs the model with every edge outside the circuit carrying its counterfactual value, at "
+            "several sizes and for random circuits."
+        )
         return missing(context, id="faithfulness", title=title, what=what, stage="circuit")
     section = Section(id="faithfulness", title=title)
     section.lead = [
@@ -131,7 +137,8 @@ def _curve(context: Context, item: Found, null_of: Found | None) -> Any:
     parts = []
     if enough:
         parts.append(
-            f"{percent(enough['fraction'])} of the edges ({number(enough['edges'])}) already reach {number(enough['faithfulness'])}."
+            f"{percent(enough['fraction'])} of the edges ({number(enough['edges'])}) already reach "
+            f"{number(enough['faithfulness'])}."
         )
     else:
         best = max((row["faithfulness"] for row in table), default=None)
@@ -161,7 +168,8 @@ def _null(context: Context, item: Found) -> Any:
     for kind in kinds:
         values = sorted(row["value"] for row in draws if str(row["kind"]) == kind)
         parts.append(
-            f"{NULLS.get(kind, kind.replace('_', ' '))} reach {number(values[len(values) // 2])} in the middle and {number(values[-1])} at best ({len(values)} draws)"
+            f"{NULLS.get(kind, kind.replace('_', ' '))} reach {number(values[len(values) // 2])} in "
+            f"the middle and {number(values[-1])} at best ({len(values)} draws)"
         )
     text = f"{parts[0][:1].upper()}{listing(parts)[1:]}. " if parts else ""
     if observed is not None:

@@ -31,7 +31,9 @@ def heads(context: Context) -> Section:
     if top := strongest(table, "effect", 1):
         row = top[0]
         lead.append(
-            f"The largest effect is that of a{row['layer']}.h{row['head']}: {estimate(row['effect'], row['lo'], row['hi'])} against a null of {number(row['null'])}."
+            f"The largest effect is that of a{row['layer']}.h{row['head']}: "
+            f"{estimate(row['effect'], row['lo'], row['hi'])} against a null of "
+            f"{number(row['null'])}."
         )
     body = [
         [
@@ -46,7 +48,10 @@ def heads(context: Context) -> Section:
         for row in table
     ]
     columns = ("head", "role", "attention", "effect", "95% interval", "null", "p")
-    caption = "Attention: mean weight on the place that the role names. Effect: change of the metric when the head is patched. Null: the same for random heads."
+    caption = (
+        "Attention: mean weight on the place that the role names. Effect: change of the metric when the "
+        "head is patched. Null: the same for random heads."
+    )
     figure = context.figure(found, lambda: chart(found.result), title="Each head's effect, by role", tables=["roles"])
     return Section(
         id="heads", title=title, lead=lead, blocks=[figure, Table(columns=columns, rows=body, caption=caption)]

@@ -1,13 +1,13 @@
 """Where in the model it happens: patching heat maps and attribution scores."""
 
-from headwater.report.blocks import Note, Section, Table, cell
+from headwater.report.blocks import Section, Table, cell
 from headwater.report.charts.parts import Row, themed
-from headwater.report.charts.patches import SITES, Panel, panel_title, panels, peaks
+from headwater.report.charts.patches import DIRECTIONS, Panel, draw_panels, group_panels, panel_title, panels, peaks
 from headwater.report.charts.scores import attribution as score_map
 from headwater.report.charts.scores import node_rows, strongest_nodes
 from headwater.report.gather import Found
 from headwater.report.sections.base import Context, missing
-from headwater.report.words import count, estimate, finite, interval, listing, number, percent, strongest, visible
+from headwater.report.words import count, estimate, finite, listing, metric_name, number, percent, strongest, visible
 
 
 def patching(context: Context) -> Section:
@@ -15,25 +15,33 @@ def patching(context: Context) -> Section:
     title = "Where it happens: patching"
     every = [(found, panel) for found in context.run.all("patching") for panel in panels(found.result)]
     if not every:
-        what = "It copies activations between the clean and the corrupt run, place by place, and measures how far the answer moves."
+        what = (
+            "It copies activations between the clean and the corrupt run, place by place, and measures "
+            "how far the answer moves."
+        )
         return missing(context, id="patching", title=title, what=what, stage="localize")
     best = strongest([row | {"panel": panel} for _, panel in every for row in panel.rows], "effect", 1)[0]
     moved = sum(abs(row["effect"]) >= 0.1 for _, panel in every for row in panel.rows)
     total = sum(len(panel.rows) for _, panel in every)
     lead = [
-        f"Of {total:,} places patched one at a time, {count(moved, 'place')} moved the metric by at least a tenth of the way; "
+        f"Of {total:,} places patched one at a time, {count(moved, 'place')} moved the metric by at "
+        "least a tenth of the way; "
         f"the strongest is {_site(best)} ({_effect(best)}).",
-        "An effect of 0 leaves the run as it was, 1 moves the metric all the way to the other run; orange moves it away.",
+        "An effect of 0 leaves the run as it was, 1 moves the metric all the way to the other run; "
+        "orange moves it away.",
     ]
     section = Section(id="patching", title=title, lead=lead)
-    for found, panel in every:
+    of = {id(panel): found for found, panel in every}
+    for group in group_panels([panel for _, panel in every]):
+        results = list(dict.fromkeys(of[id(panel)] for panel in group))
         section.blocks.append(
             context.figure(
-                found,
-                lambda panel=panel: themed(panel.chart),
-                title=panel_title(panel),
-                caption=_caption(panel, found),
+                results[0],
+                lambda group=group: themed(draw_panels(group)),
+                title=panel_title(group[0]),
+                caption=_caption(group, results[0]),
                 tables=["effects"],
+                others=results[1:],
             )
         )
     return section
@@ -55,17 +63,18 @@ def _node(row: Row) -> str:
     return f"{row['node']} ({number(row['score'])})"
 
 
-def _caption(panel: Panel, found: Found) -> str:
-    best = listing(f"{_site(row)} ({_effect(row)})" for row in peaks(panel))
-    parts = [f"Strongest: {best}."]
-    if panel.by == "position" and (path := handover(panel.rows)):
-        parts.append(path)
+def _caption(group: list[Panel], found: Found) -> str:
+    parts = []
+    for panel in group:
+        best = listing(f"{_site(row)} ({_effect(row)})" for row in peaks(panel))
+        how = f", {DIRECTIONS[panel.direction]}" if len(group) > 1 and panel.direction in DIRECTIONS else ""
+        parts.append(f"Strongest{how}: {best}.")
+        if panel.by == "position" and (path := handover(panel.rows)):
+            parts.append(path)
     clean, corrupt = finite(found.result.facts.get("clean")), finite(found.result.facts.get("corrupt"))
     if clean is not None and corrupt is not None:
-        metric = str(found.result.facts.get("metric") or "metric").replace("_", " ")
+        metric = metric_name(found.result.facts.get("metric") or "metric")
         parts.append(f"The {metric} is {number(clean)} on the clean prompts and {number(corrupt)} on the corrupt ones.")
-    if panel.kind not in SITES:
-        parts.append(f"Sites of kind {panel.kind}.")
     return " ".join(parts)
 
 
@@ -125,7 +134,10 @@ def attribution(context: Context) -> Section | None:
                 item,
                 lambda item=item: score_map(item.result),
                 title=f"Score of every head and MLP ({visible(method, 40)})",
-                caption="Blue raises the metric on the way from corrupt to clean, orange lowers it. Scores are estimates; the claims test them by intervention.",
+                caption=(
+                    "Blue raises the metric on the way from corrupt to clean, orange lowers it. Scores "
+                    "are estimates; the claims test them by intervention."
+                ),
                 tables=["nodes"],
             )
         )
@@ -149,6 +161,3 @@ def attribution(context: Context) -> Section | None:
                 Table(columns=("from", "into", "score"), rows=body, caption=f"The strongest of {edges.height:,} edges.")
             )
     return section
-
-
-__all__ = ["Note", "attribution", "handover", "interval", "patching"]

@@ -48,7 +48,7 @@ def provenance(context: Context) -> Section:
     lead = [
         f"{count(len(run.found), 'stored result')} of {count(len(run.facts), 'stage')}"
         + (f", computed in {duration(sum(seconds))}" if seconds else "")
-        + f". Everything on this page was read from the files beside it; nothing was computed for the page."
+        + ". Everything on this page was read from the files beside it; nothing was computed for the page."
     ]
     section = Section(id="provenance", title="Getting it again", lead=lead)
     section.blocks.append(pairs({key: value for key, value in facts.items() if value}))

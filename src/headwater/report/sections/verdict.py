@@ -8,7 +8,7 @@ from headwater.report.charts.circuits import draw_rows
 from headwater.report.charts.claims import STATUS
 from headwater.report.charts.parts import Row, rows
 from headwater.report.sections.base import Context, missing
-from headwater.report.theme import TOKENS
+from headwater.report.spark import spark
 from headwater.report.words import count, estimate, finite, interval, listing, number, p_value, percent, visible
 
 _WORDS = {"supported": "Supported", "refuted": "Refuted", "inconclusive": "Inconclusive"}
@@ -99,7 +99,7 @@ def key_numbers(context: Context) -> Tiles:
             items.append(
                 (
                     number(observed),
-                    "faithfulness of the circuit",
+                    "of the way goes the circuit alone",
                     f"random circuits {number(values[len(values) // 2])}, p {p_value(p)}",
                 )
             )
@@ -121,7 +121,10 @@ def key_numbers(context: Context) -> Tiles:
 
 def ledger(context: Context) -> Section:
     """All claims with what they were tested against."""
-    what = "The ledger holds every claim with its effect, its null and its adjusted p, and the command that tests it again."
+    what = (
+        "The ledger holds every claim with its effect, its null and its adjusted p, and the command that "
+        "tests it again."
+    )
     claims, found = context.claims(), context.run.first("ledger")
     if found is None or not claims:
         return missing(context, id="ledger", title="The ledger", what=what, stage="claims")
@@ -129,8 +132,13 @@ def ledger(context: Context) -> Section:
         (row["p_adj"] for row in claims if row["status"] == "supported" and row["p_adj"] is not None), default=None
     )
     q = found.result.facts.get("q") or found.result.config.get("q")
+    held = (
+        f"false discoveries held below {percent(q)} (Benjamini–Hochberg)"
+        if finite(q)
+        else "several tests corrected for"
+    )
     lead = [
-        f"{count(len(claims), 'claim')}, {'with false discoveries held below ' + percent(q) + ' (Benjamini–Hochberg)' if finite(q) else 'corrected for testing several at once'}"
+        f"{count(len(claims), 'claim')}, {held}"
         + (f"; the weakest supported one has an adjusted p of {p_value(worst)}." if worst is not None else ".")
         + " Each bar shows the effect and its interval against the null (grey), on a scale of its own."
     ]
@@ -175,47 +183,3 @@ def _line(row: Row) -> list[Cell]:
         Cell(text=p_value(row["p_adj"]), numeric=True),
         Cell(text=number(row["n"]), numeric=True),
     ]
-
-
-def spark(row: Row, width: int = 150, height: int = 22) -> str:
-    """A claim's effect and interval over the spread of its null, on the claim's own scale."""
-    effect = finite(row["effect"])
-    if effect is None:
-        return ""
-    draws = sorted(v for v in map(finite, row.get("null_draws") or []) if v is not None)
-    mean = finite(row["null_mean"])
-    edge = finite(row["reference"]) or 0.0
-    null = (draws[int(0.025 * (len(draws) - 1))], draws[-1 - int(0.025 * (len(draws) - 1))]) if draws else None
-    points = [v for v in (effect, finite(row["lo"]), finite(row["hi"]), mean, edge, *(null or ())) if v is not None]
-    low, high = min(points), max(points)
-    scale = (width - 12) / ((high - low) or 1.0)
-
-    def at(value: float) -> str:
-        return f"{6 + (value - low) * scale:.1f}"
-
-    def var(name: str) -> str:
-        return f"var(--{name}, {TOKENS[name][0]})"
-
-    middle = height / 2
-    hue = var(STATUS[str(row["status"])])
-    parts = [
-        f'<line x1="{at(edge)}" x2="{at(edge)}" y1="2" y2="{height - 2}" stroke="{var("soft")}" stroke-dasharray="2 2"/>'
-    ]
-    if null:
-        size = max((null[1] - null[0]) * scale, 1.5)
-        parts.append(
-            f'<rect x="{at(null[0])}" y="4" width="{size:.1f}" height="{height - 8}" fill="{var("band")}" fill-opacity=".7"/>'
-        )
-    if mean is not None:
-        parts.append(
-            f'<line x1="{at(mean)}" x2="{at(mean)}" y1="3" y2="{height - 3}" stroke="{var("null")}" stroke-width="2"/>'
-        )
-    if (lo := finite(row["lo"])) is not None and (hi := finite(row["hi"])) is not None:
-        parts.append(
-            f'<line x1="{at(lo)}" x2="{at(hi)}" y1="{middle}" y2="{middle}" stroke="{hue}" stroke-width="2.5" stroke-opacity=".6"/>'
-        )
-    parts.append(f'<circle cx="{at(effect)}" cy="{middle}" r="4" fill="{hue}"/>')
-    said = f"effect {estimate(effect, row['lo'], row['hi'])}; null {number(mean)}" + (
-        f", 95% of draws {interval(*null)}" if null else ""
-    )
-    return f'<svg xmlns="http://www.w3.org/2000/svg" class="spark" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img"><title>{said}</title>{"".join(parts)}</svg>'

@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Bytecode is compiled when a module is first imported: most of what is installed here never is.
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 # One thread a process: the tests run in two processes, and what they compute is small.
 TEST_ENV := OMP_NUM_THREADS=1
 WORKERS ?= 2
@@ -19,15 +20,20 @@ help:
 	@echo "make docs      build the documentation into site/"
 	@echo "make clean     remove .venv and what was generated; runs/ stays"
 
-setup: $(VENV)/.installed
+setup: $(VENV)/.installed-dev
 
 # torch first: the constraint names the release, so that nothing later can pull another build of it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): a few minutes, once."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "  1/2 torch"
+	@echo "  torch"
 	@$(INSTALL) torch
-	@echo "  2/2 headwater and its tools"
+	@echo "  headwater"
+	@$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	@echo "  tools for tests and lint"
 	@$(INSTALL) -e '.[dev]'
 	@touch $@
 
@@ -40,7 +46,7 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 	@touch $@
 
 # An interrupted demo goes on from where it was.
-demo: setup
+demo: $(VENV)/.installed
 	@$(BIN)/headwater trace ioi --model smollm2 --out runs/demo
 
 test: setup

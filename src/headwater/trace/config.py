@@ -31,11 +31,8 @@ class Settings(BaseModel):
         if isinstance(data, Mapping):
             for key in data:
                 if key not in cls.model_fields:
-                    where = (
-                        "investigation"
-                        if cls.__name__ == "Investigation"
-                        else cls.__name__.removesuffix("Settings").lower()
-                    )
+                    wanted = did_you_mean(str(key), cls.model_fields)
+                    raise MethodError(f"unknown setting of {cls._name()}", got=repr(key), wanted=wanted)
                     raise MethodError(
                         f"unknown setting of the {where}",
                         got=repr(key),
@@ -48,7 +45,12 @@ class Settings(BaseModel):
             super().__init__(**data)
         except ValidationError as error:
             faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
-            raise MethodError("an investigation's settings do not fit", got="; ".join(faults)) from None
+            raise MethodError(f"the settings of {self._name()} do not fit", got="; ".join(faults)) from None
+
+    @classmethod
+    def _name(cls) -> str:
+        section = cls.__name__.removesuffix("Settings").lower()
+        return "an investigation" if cls.__name__ == "Investigation" else f"an investigation's section {section!r}"
 
 
 class LocalizeSettings(Settings):
@@ -108,13 +110,20 @@ class ClaimsSettings(Settings):
 
 
 class ActSettings(Settings):
-    """What is done with what was found, and on how many pairs and tokens it is judged."""
+    """What is done with what was found, and on how much it is judged: see `headwater.act.effect`."""
 
     n: int = Field(default=24, ge=2)
-    others: tuple[str, ...] = ("agreement", "induction")
-    n_others: int = Field(default=16, ge=2)
-    text_tokens: int = Field(default=400, ge=16)
-    scale: float = 2.0
+    n_train: int = Field(default=48, ge=2)
+    n_search: int = Field(default=16, ge=1)
+    """Pairs on which steering vectors are tried."""
+    others: tuple[str, ...] | None = None
+    """Behaviors that should stay as they are; None: two that this tokenizer can align."""
+    n_others: int = Field(default=12, ge=2)
+    texts: int = Field(default=4, ge=1)
+    text_tokens: int = Field(default=48, ge=8)
+    controls: int = Field(default=3, ge=0)
+    factor: float = 2.0
+    """By how much heads are amplified."""
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

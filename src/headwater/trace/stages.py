@@ -102,13 +102,11 @@ class Work:
 
     def train(self, n: int) -> Behavior:
         """The first `n` pairs to find things on."""
-        has_train = "train" in set(self.behavior.frame["split"].to_list())
-        return (self.behavior.train if has_train else self.behavior)[:n]
+        return self.behavior.train[:n]
 
     def test(self, n: int) -> Behavior:
         """The first `n` pairs to judge on."""
-        has_test = "test" in set(self.behavior.frame["split"].to_list())
-        return (self.behavior.test if has_test else self.behavior)[:n]
+        return self.behavior.test[:n]
 
 
 def behavior(work: Work) -> Made:
@@ -119,7 +117,10 @@ def behavior(work: Work) -> Made:
     settings = work.settings
     pairs = make(settings.behavior, settings.n, settings.seed, **settings.options)
     bound = pairs.bind(work.model)
-    kept = Behavior(bound.frame, name=pairs.name, metric=settings.metric or pairs.metric, about=pairs.about)
+    frame, resplit = bound.frame, set(bound.frame["split"].to_list()) != {"train", "test"}
+    if resplit:  # nothing may be judged on what it was found on: halve them anew, by their prompts
+        frame = frame.with_columns(split=pl.lit(""))
+    kept = Behavior(frame, name=pairs.name, metric=settings.metric or pairs.metric, about=pairs.about)
     report = evaluate(work.model, pairs, seed=work.seed("behavior"))
     table = Result(
         tables={"pairs": kept.frame},
@@ -132,6 +133,7 @@ def behavior(work: Work) -> Made:
         "model": work.model.name,
         "fingerprint": work.model.fingerprint,
         "kept": bound.n,
+        "split_anew": resplit,
         "dropped": bound.reasons,
     }
     return Made({"pairs": table, "report": report}, facts)
@@ -302,16 +304,16 @@ def _role_claim(work: Work, role: str, words: str) -> Claim:
     moves = "rises" if role == "negative_mover" else "falls"
     what = role.replace("_", " ").replace("s inhibition", "S-inhibition")
     if len(names) == 1:
-        who = f"{names[0]} is a {what} head: it {does}, and the {words} {moves} when it is"
+        who, it = f"{names[0]} is a {what} head: it", "it is replaced by its mean output"
     else:
-        who = f"{', '.join(names[:-1])} and {names[-1]} are {what} heads: each {does}, and the {words} {moves} when they are"
+        who, it = f"{', '.join(names[:-1])} and {names[-1]} are {what} heads: each", "they are replaced by their mean"
     params = {
         "n": settings.n_heads_test, "metric": work.behavior.metric, "role": role,
         "heads": [list(head) for head in group], "draws": settings.random_sets,
     }  # fmt: skip
     return Claim(
         id=f"role-{role.replace('_', '-')}",
-        statement=f"{who} replaced by their mean output" if len(names) > 1 else f"{who} replaced by its mean output",
+        statement=f"{who} {does}, and the {words} {moves} when {it}",
         test="heads_play_role", stage="heads", params=params,
     )  # fmt: skip
 

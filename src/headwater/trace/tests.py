@@ -37,10 +37,9 @@ _NO_BEHAVIOR = (
 
 
 def judged(context: Context, n: int) -> Behavior:
-    """The first `n` test pairs (all pairs where the behavior has no split)."""
+    """The first `n` test pairs."""
     behavior: Behavior = context["behavior"]
-    has_test = "test" in set(behavior.frame["split"].to_list())
-    return (behavior.test if has_test else behavior)[:n]
+    return behavior.test[:n]
 
 
 def too_few(*, pairs: int | None = None, draws: int | None = None, q: float = 0.05) -> str:
@@ -173,8 +172,7 @@ def circuit_beats_random_weights(
 
     circuit: Circuit = context["circuit"]
     behavior: Behavior = context["behavior"]
-    has_train = "train" in set(behavior.frame["split"].to_list())
-    train = (behavior.train if has_train else behavior)[:n_find]
+    train = behavior.train[:n_find]
     options = {"steps": steps} if method == "eap_ig" else {}
     rank, how = circuit.config.get("rank", "abs"), circuit.config.get("how", "topn")
     masks: list[Tensor] = []
@@ -256,8 +254,7 @@ def _metric(model: Any, pairs: Any, name: str, *, side: str = "clean") -> Tensor
 
 
 def no_behavior(change: Tensor, *, seed: int) -> str:
-    """Why shares of a change (prompt minus counterfactual, [n]) mean nothing: it is not clearly above 0. Else nothing.
-    """
+    """Why shares of a change (prompt minus counterfactual, [n]) mean nothing: it is not clearly above 0; else ""."""
     return "" if bootstrap(change.numpy(), seed=seed).lo > 0 else _NO_BEHAVIOR
 
 

@@ -1,0 +1,60 @@
+"""The act stage: knock out and amplify the heads that were found, steer the behavior, all beside their baselines."""
+
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from headwater.behavior.table import Behavior
+from headwater.core.errors import MethodError
+from headwater.core.results import Result
+from headwater.localize.graph import head_of
+
+if TYPE_CHECKING:
+    from headwater.trace.stages import Work
+
+
+def act_on(work: "Work") -> dict[str, Result]:
+    """Effect of each action on test pairs, two other behaviors and plain text, beside prompting and random versions."""
+    from headwater.act.ablation import amplify, knock_out
+    from headwater.act.effects import effect
+    from headwater.act.measuring import plain_texts
+    from headwater.act.steering import steer
+
+    settings, model, seed = work.settings.act, work.model, work.seed("act")
+    train, test = work.train(settings.n_train), work.test(settings.n)
+    whole = work.behavior
+    pairs = Behavior(pl.concat([train.frame, test.frame]), name=whole.name, metric=whole.metric, about=whole.about)
+    chosen = heads_to_act_on(work)
+    actions = []
+    if chosen:
+        actions += [knock_out(model, chosen, pairs), amplify(model, chosen, pairs, factor=settings.factor)]
+    try:
+        actions.append(steer(model, pairs, n=settings.n_search, seed=seed))
+    except MethodError:
+        if not actions:  # too few pairs to find a direction on: what was found can still be knocked out
+            raise
+    made = effect(
+        model,
+        pairs,
+        actions,
+        others=settings.others,
+        text=plain_texts()[: settings.texts],
+        controls=settings.controls,
+        n_others=settings.n_others,
+        text_tokens=settings.text_tokens,
+        seed=seed,
+    )
+    return {"effect": made}
+
+
+def heads_to_act_on(work: "Work", most: int = 4) -> list[str]:
+    """Name movers where there are any, else the heads with a role that are needed most, else those scored best."""
+    movers = work.heads.heads_of("name_mover")
+    if movers:
+        return [f"a{layer}.h{head}" for layer, head in movers[:most]]
+    roles = work.heads.tables["roles"].filter(pl.col("effect") > 0).sort("effect", descending=True)
+    named = [f"a{layer}.h{head}" for layer, head in roles.select("layer", "head").unique(maintain_order=True).rows()]
+    if named:
+        return named[:most]
+    nodes = work.attribution.tables["nodes"].sort("score", descending=True, nulls_last=True)["node"].to_list()
+    return [node for node in nodes if head_of(node) is not None][:most]

@@ -1,0 +1,35 @@
+from headwater.claims import Claim, Ledger, Outcome
+from headwater.trace.verdict import verdict
+
+
+def claim(id, **outcome):
+    return Claim(id=id, statement=id, test="t", params={"heads": [[1, 2]]}).with_outcome(Outcome(**outcome))
+
+
+GOOD = {"effect": 0.9, "lo": 0.8, "hi": 1.0, "p": 1e-4, "reference": 0.5}
+BAD = {"effect": 0.2, "lo": 0.1, "hi": 0.3, "p": 0.99, "reference": 0.5}
+
+
+def test_verdict_says_what_was_supported_and_refuted():
+    ledger = Ledger.of([
+        claim("behavior-accuracy", **GOOD), claim("circuit-sufficient", **GOOD), claim("circuit-necessary", **GOOD),
+        claim("circuit-beats-edges", **GOOD), claim("role-name-mover", **BAD),
+        claim("role-s-inhibition", effect=1.0, why_not="no"),
+    ])  # fmt: skip
+    lead, supported, refuted, still = verdict(ledger, "ioi", "smollm2")
+    assert (
+        lead.startswith("smollm2 does ioi (0.90 [0.80, 1.00]")
+        and "sufficient, necessary and better than chance" in lead
+    )
+    assert supported.startswith("Supported: ") and "that the circuit suffices" in supported
+    assert refuted == "Refuted: that a1.h2 work as name mover heads (0.20 [0.10, 0.30] against 0.50)."
+    assert still == "Still open: that a1.h2 work as S-inhibition heads (no)."
+
+
+def test_verdict_does_not_praise_a_circuit_of_a_behavior_that_is_not_there():
+    ledger = Ledger.of([claim("behavior-accuracy", **BAD), claim("circuit-sufficient", **GOOD)])
+    assert "stands on nothing" in verdict(ledger, "ioi", "m")[0]
+    partly = Ledger.of([claim("behavior-accuracy", **GOOD), claim("circuit-sufficient", **BAD)])
+    sentences = verdict(partly, "ioi", "m")
+    assert "survived only 0 of 1" in sentences[0] and not any(s == "Nothing was refuted." for s in sentences)
+    assert "Nothing was refuted." in verdict(Ledger.of([claim("behavior-accuracy", **GOOD)]), "ioi", "m")

@@ -16,8 +16,7 @@ from headwater.core.model import Model
 from headwater.core.sites import Site
 from tests.core.families import FAMILIES, MORE, build
 
-# One process runs all of this file, since the table at its end is gathered from every test before it.
-pytestmark = pytest.mark.xdist_group("conformance")
+# The table at this file's end is gathered from every test before it: in parallel runs one process takes a whole file.
 TABLE: dict[str, dict[str, Any]] = {}
 
 

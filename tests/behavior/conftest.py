@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.tiny import tiny_tokenizer as make_tiny
+from tiny import tiny_tokenizer as make_tiny
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headwater as hw
+from headwater.behavior import generators
 from headwater.behavior.bind import bind, reasons_to_drop
 from headwater.behavior.table import Behavior
 from headwater.core.errors import BehaviorError
@@ -56,7 +57,7 @@ def check_exact(bound: Any, tokenizer: Any) -> None:
     assert all(dropped.values())
 
 
-@pytest.mark.parametrize("name", hw.behavior.names())
+@pytest.mark.parametrize("name", generators.BUILT_IN)
 @pytest.mark.parametrize("which", ["gpt2", "tiny", "characters"])
 def test_generators_bind_exactly(name: str, which: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(which)
@@ -232,7 +233,7 @@ def test_a_tokenizer_that_frames_its_text(tiny: Any) -> None:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    from tests.tiny import tiny_tokenizer
+    from tiny import tiny_tokenizer
 
     def framed(template: str) -> PreTrainedTokenizerFast:
         tokenizer = tiny_tokenizer()

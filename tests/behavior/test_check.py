@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import headwater as hw
+from headwater.behavior import generators
 from headwater.behavior.check import check
 from headwater.behavior.table import Behavior
 from headwater.core.errors import BehaviorError
@@ -39,7 +40,7 @@ def test_a_good_file_has_nothing_wrong(tmp_path: Path) -> None:
     assert behavior.name == "mine"
 
 
-@pytest.mark.parametrize("name", hw.behavior.names())
+@pytest.mark.parametrize("name", generators.BUILT_IN)
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_generated_files_have_nothing_wrong(name: str, suffix: str, tmp_path: Path) -> None:
     assert found(hw.behavior(name, n=20).save(tmp_path / f"{name}.{suffix}")) == []

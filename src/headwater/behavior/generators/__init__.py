@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 Spans = dict[str, tuple[int, int]]
 T = TypeVar("T")
-_FILES = ("agreement", "arithmetic", "capitals", "colors", "greater_than", "induction", "ioi", "successor")
+BUILT_IN = ("agreement", "arithmetic", "capitals", "colors", "greater_than", "induction", "ioi", "successor")
 _SLOT = re.compile(r"\{(\w+)\}")
 # How often a generator may draw a prompt it has already made before it is taken to have no more.
 _PATIENCE = 400
@@ -67,7 +67,7 @@ class Generators(_Registry["Callable[..., Made]"]):
     def _import(self) -> None:
         if not self._imported:
             self._imported = True
-            for file in _FILES:
+            for file in BUILT_IN:
                 importlib.import_module(f"{__name__}.{file}")
 
 

@@ -113,7 +113,8 @@ def text_loss(model: "Model", texts: Sequence[str], action: Action, *, tokens: i
         for start in range(0, len(some), _TEXT_BATCH):
             part = some[start : start + _TEXT_BATCH]
             rows_BT = torch.stack([torch.cat([head, ids[i]]) for i in part])
-            logits_BTV = model.run(rows_BT, interventions=everywhere).logits[:, scored - 1 : -1].float()
+            logits_BTV = model.run(rows_BT, interventions=everywhere).logits[:, scored - 1 : -1]
+            logits_BTV = logits_BTV if logits_BTV.dtype == torch.float64 else logits_BTV.float()
             targets_BT = rows_BT[:, scored:].to(logits_BTV.device)
             loss_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none")
             losses[part] = loss_BT.double().mean(1).cpu().numpy()

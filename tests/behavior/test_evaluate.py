@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,17 @@ def test_rows_are_those_of_a_plain_forward(tiny_model: Any) -> None:
             assert row["correct"] == bool(logits[answer] > logits[foil])
             assert row["rank"] == (logits > logits[answer]).sum().item()
             assert row["said"] == tokenizer.decode([logits.argmax().item()])
+
+
+def test_parts_change_nothing(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    behavior = hw.behavior("ioi", n=20)
+    before = evaluate(tiny_model, behavior, canary_rows=5)
+    monkeypatch.setattr(sys.modules["headwater.behavior.evaluate"], "AT_ONCE", 3)
+    monkeypatch.setattr(sys.modules["headwater.behavior.canary"], "_AT_ONCE", 3)
+    after = evaluate(tiny_model, behavior, canary_rows=5)
+    assert after.canary.equals(before.canary)
+    for name in ("logit_diff", "prob_diff", "rank", "cf_logit_diff"):
+        assert after.rows[name].to_list() == pytest.approx(before.rows[name].to_list(), abs=1e-5)
 
 
 def test_summary_is_of_the_rows(tiny_model: Any) -> None:

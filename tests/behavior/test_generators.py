@@ -88,7 +88,10 @@ def test_the_same_seed_gives_the_same_and_another_seed_another(name: str, option
 
 
 def test_the_table_does_not_depend_on_the_process() -> None:
-    code = "import headwater as hw; print([hw.behavior(name, n=20, seed=1).hash for name in hw.behavior.generators.BUILT_IN])"
+    code = (
+        "import headwater as hw; names = hw.behavior.generators.BUILT_IN;"
+        "print([hw.behavior(name, n=20, seed=1).hash for name in names])"
+    )
     told = {
         subprocess.run(
             [sys.executable, "-c", code],

@@ -36,10 +36,25 @@ class Group:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def __getitem__(self, some: slice) -> "Group":
+        """Some of the pairs, as a Group: `group[:8]`."""
+        return Group(
+            rows=self.rows[some],
+            clean=self.clean[some],
+            corrupt=self.corrupt[some],
+            answers=self.answers[some],
+            foils=self.foils[some],
+            positions={name: index[some] for name, index in self.positions.items()},
+        )
+
     @property
     def length(self) -> int:
         """T, the number of tokens of every prompt here."""
         return self.clean.shape[1]
+
+    def parts(self, size: int) -> "Iterator[Group]":
+        """The pairs in order, at most `size` at a time: a vocabulary of logits a pair is what takes the memory."""
+        return (self[start : start + size] for start in range(0, len(self), size))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -32,6 +32,7 @@ SCHEMA = {
 }
 CLOZE, CHOICE = "cloze", "multiple choice"
 ASKED, TOLD = "asked", "told"
+_AT_ONCE = 256  # prompts whose logits are held at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,13 +155,13 @@ def _score(model: Any, questions: Sequence[_Question], batch_size: int | None) -
         others = [token for token in starts if token not in right]
         if right and others and (limit is None or len(ids) <= limit):
             asked.append((question, ids, [*right, *others]))
-    if not asked:
-        return []
-    logits = model.run([ids for _question, ids, _options in asked], logits="last", batch_size=batch_size).logits
     scored: list[tuple[_Question, float, int]] = []
-    for (question, _ids, options), row in zip(asked, logits, strict=True):
-        found = row[options].float()
-        scored.append((question, float(bool(found[0] > found[1:].max())), len(options)))
+    for start in range(0, len(asked), _AT_ONCE):
+        part = asked[start : start + _AT_ONCE]
+        logits = model.run([ids for _question, ids, _options in part], logits="last", batch_size=batch_size).logits
+        for (question, _ids, options), row in zip(part, logits, strict=True):
+            found = row[options].float()
+            scored.append((question, float(bool(found[0] > found[1:].max())), len(options)))
     return scored
 
 

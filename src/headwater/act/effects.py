@@ -91,9 +91,9 @@ class EffectConfig:
     prompting: bool = True
     controls: int = 5
     others: tuple[str, ...] = ()
-    n_others: int = 40
+    n_others: int = 24
     texts: int = 12
-    text_tokens: int = 64
+    text_tokens: int = 48
     level: float = 0.95
     seed: int = 0
 
@@ -115,8 +115,8 @@ def effect(
     text: str | Sequence[str] | None = None,
     prompting: bool = True,
     controls: int = 5,
-    n_others: int = 40,
-    text_tokens: int = 64,
+    n_others: int = 24,
+    text_tokens: int = 48,
     seed: int = 0,
 ) -> Effect:
     """Measure what actions do: to the test pairs of their behavior, to other behaviors, to plain text.
@@ -125,7 +125,8 @@ def effect(
     others: behaviors that should stay as they are; names or Behaviors; None means two of agreement, greater_than, ioi.
     text: what perplexity is measured on; None means the package's own `plain_texts()`.
     prompting: whether the best prefix for each action's goal stands beside it.
-    controls: how many random versions of each action are drawn; their mean stands beside it.
+    controls: how many random versions of each action are drawn; their mean stands beside it (on other behaviors and
+        on text the first of them).
     n_others: pairs of each other behavior. text_tokens: tokens of each text.
 
     Measures are the behavior's metric and accuracy, its preference where the goal is "column = value" (the metric,
@@ -162,8 +163,7 @@ def effect(
         name, random = _random_versions(bench, one, controls, seed, seconds)
         if random:
             name = f"{name} (beside {one.name})" if name in {row["action"] for row in rows} else name
-            note = f"mean of {controls} draws"
-            rows += bench.rows(name, one.goal, before, random, baseline=True, note=note)
+            rows += bench.rows(name, one.goal, before, random, baseline=True, note="drawn at random")
             versus.append(bench.versus(one, after[one.name], name, random, before))
             for draw, found in enumerate(random):
                 gains = bench.gains(one.goal, before, found)
@@ -229,11 +229,12 @@ class _Bench:
         name = self.bound.behavior.name
         return f"{name} preference {goal}" if goal.direction == "toward" else f"{name} {self.metric}"
 
-    def measure(self, action: Action, seconds: dict[str, float]) -> _Measured:
+    def measure(self, action: Action, seconds: dict[str, float], *, everything: bool = True) -> _Measured:
+        """Values of all measures, or of those of the behavior itself only."""
         started = time.perf_counter()
         values: dict[str, dict[str, float]] = {}
         notes: dict[str, str] = {}
-        for bound in (self.bound, *self.others):
+        for bound in (self.bound, *(self.others if everything else ())):
             name, judged = bound.behavior.name, main_metric(bound.behavior)
             try:
                 found = score(self.model, bound, action, dict.fromkeys((judged, "accuracy")))
@@ -248,8 +249,9 @@ class _Bench:
                     values[self.judged(self.goals[goal])] = {id: signs[id] * value for id, value in mine.items()}
             values[f"{name} {judged}"] = mine
             values[f"{name} accuracy"] = dict(zip(ids, found["accuracy"].to_list(), strict=True))
-        losses = text_loss(self.model, self.texts, action, tokens=self.text_tokens)
-        values["text perplexity"] = {f"{i:04d}": loss for i, loss in enumerate(losses.tolist())}
+        if everything:
+            losses = text_loss(self.model, self.texts, action, tokens=self.text_tokens)
+            values["text perplexity"] = {f"{i:04d}": loss for i, loss in enumerate(losses.tolist())}
         seconds[action.name] = seconds.get(action.name, 0.0) + time.perf_counter() - started
         return _Measured(values=values, notes=notes)
 
@@ -264,7 +266,8 @@ class _Bench:
             if lacking is not None:
                 yield {**row, "n": 0, "note": f"not measured: {lacking}"}
                 continue
-            was, now = _paired(old, [one.values[measure] for one in after])
+            measured = [one.values[measure] for one in after if measure in one.values]
+            was, now = _paired(old, measured)
             statistic = _perplexity_change if measure == "text perplexity" else None
             if statistic is None:
                 found = bootstrap(now - was, seed=self.seed)
@@ -280,7 +283,7 @@ class _Bench:
                 "lo": found.lo,
                 "hi": found.hi,
                 "n": len(was),
-                "note": note,
+                "note": f"{note}, mean of {len(measured)} draw{'s'[: len(measured) > 1]}" if len(after) > 1 else note,
             }
 
     def gains(self, goal: Goal, before: _Measured, *after: _Measured) -> dict[str, float]:
@@ -319,7 +322,9 @@ def _random_versions(
     if action.control is None or controls < 1:
         return "", []
     made = [action.control(seed + draw) for draw in range(controls)]
-    return made[0].name, [bench.measure(one, seconds) for one in track(made, "random controls")]
+    # The first draw is measured on everything; the others, which make the null, on the behavior itself.
+    draws = [bench.measure(one, seconds, everything=at == 0) for at, one in enumerate(track(made, "random controls"))]
+    return made[0].name, draws
 
 
 def _others(

@@ -29,7 +29,7 @@ def prompt(
     *,
     shots: tuple[int, ...] = (1, 4),
     draws: int = 2,
-    n: int = 24,
+    n: int = 16,
     seed: int = 0,
 ) -> Action:
     """The best of several prefixes at `goal`, chosen on at most `n` training pairs.

@@ -84,13 +84,16 @@ def steer(
     name = main_metric(behavior)
     passes = 2 * fit_bound.n + held_bound.n
 
-    def judge(action: Action, goal: Goal) -> float:
-        frame = held_bound.behavior.frame.join(score(model, held_bound, action, [name]), on="id", maintain_order="left")
+    def judge(found: pl.DataFrame, goal: Goal) -> float:
+        frame = held_bound.behavior.frame.join(found, on="id", how="inner", maintain_order="left")
         return float(np.mean(goal.signs(frame) * frame[name].to_numpy()))
+
+    unchanged = score(model, held_bound, NOTHING, [name])
 
     def attempt(goal: Goal, site: Site, strength: float) -> _Try:
         action = _action(model, site, vectors[goal, site], strength, goal, positions)
-        return _Try(goal=goal, site=site, strength=strength, before=judge(NOTHING, goal), after=judge(action, goal))
+        after = judge(score(model, held_bound, action, [name]), goal)
+        return _Try(goal=goal, site=site, strength=strength, before=judge(unchanged, goal), after=after)
 
     middle = sorted(strengths)[len(strengths) // 2]
     coarse = [attempt(goal, site, middle) for goal in goals for site in places]

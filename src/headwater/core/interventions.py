@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from headwater.core.errors import InterventionError
-from headwater.core.sites import Position, Site
+from headwater.core.sites import Position, Site, parse_position
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,9 @@ class Intervention:
     high: float | None = None
     positions: Any = None
     label: str = ""
+    whole: bool = False
+    """The value (of swap_subspace: the source) is of the whole site, and is cut to heads and positions as the site
+    is."""
     _by_site: dict[str, Any] | None = field(default=None, repr=False)
 
     def at(self, site: Site) -> Intervention:
@@ -49,6 +52,11 @@ class Intervention:
         if self._by_site is not None and (site.head is not None or site.expert is not None):
             raise InterventionError("freeze takes whole sites", got=str(site), fix=f"Freeze {site.whole}")
         return dataclasses.replace(self, site=site, value=value)
+
+    def part(self, x: torch.Tensor, index: tuple[Any, ...]) -> Intervention:
+        """This intervention for a part of the whole tensor `x`, when its value is of the whole."""
+        name = "source" if self.op == "swap_subspace" else "value"
+        return dataclasses.replace(self, **{name: _fit(_as(getattr(self, name), x), x, self)[index]})
 
     def __str__(self) -> str:
         where = "" if self.positions is None else f" at {self.positions}"
@@ -121,6 +129,21 @@ def _site(site: str | Site) -> Site:
     return Site.parse(site)
 
 
+def _from_run(site: Site, source: Run | Any, positions: Any) -> tuple[Any, bool]:
+    """(what a Run holds for a site, whether it is of the whole site); what is no Run is a value already.
+
+    With `positions=`, or a named position, the whole site is held and cut where the intervention is applied.
+    """
+    if not hasattr(source, "captured"):
+        return source, False
+    if positions is not None and site.pos is not None:
+        raise InterventionError(f"{site} has a position, and positions= gives another", fix="Give one of them")
+    named = site.pos is not None and isinstance(parse_position(site.pos), str) and site not in source
+    if positions is None and not named:
+        return source[site], False
+    return source[site.whole], True
+
+
 def zero(site: str | Site, *, positions: Where = None) -> Intervention:
     """Set a site to zero."""
     return Intervention(site=_site(site), op="zero", positions=positions)
@@ -139,15 +162,24 @@ def mean(site: str | Site, over: Run | Any, *, positions: Where = None) -> Inter
     From a Run the mean is over prompts, position by position (all prompts must then have the same length).
     """
     parsed = _site(site)
-    value = over[parsed].mean(dim=0) if hasattr(over, "captured") else over
-    return Intervention(site=parsed, op="replace", value=value, positions=positions, label=f"mean({parsed})")
+    value, whole = _from_run(parsed, over, positions)
+    if isinstance(value, list):
+        raise InterventionError(
+            f"mean({parsed}): the prompts of the run differ in length", fix="Give the mean as a tensor, or choose @-1"
+        )
+    value = value.mean(dim=0) if value is not over else over
+    return Intervention(
+        site=parsed, op="replace", value=value, positions=positions, label=f"mean({parsed})", whole=whole
+    )
 
 
 def resample(site: str | Site, source: Run | Any, *, positions: Where = None) -> Intervention:
     """Replace a site by what it holds for other prompts, prompt by prompt: those of a Run, or a tensor."""
     parsed = _site(site)
-    value = source[parsed] if hasattr(source, "captured") else source
-    return Intervention(site=parsed, op="replace", value=value, positions=positions, label=f"resample({parsed})")
+    value, whole = _from_run(parsed, source, positions)
+    return Intervention(
+        site=parsed, op="replace", value=value, positions=positions, label=f"resample({parsed})", whole=whole
+    )
 
 
 def add(site: str | Site, vector: Any, *, scale: float = 1.0, positions: Where = None) -> Intervention:
@@ -163,8 +195,10 @@ def project_out(site: str | Site, directions: Any, *, positions: Where = None) -
 def swap_subspace(site: str | Site, source: Any, directions: Any, *, positions: Where = None) -> Intervention:
     """Take a site's part in the span of `directions` from `source`, and leave the rest (distributed interchange)."""
     parsed = _site(site)
-    source = source[parsed] if hasattr(source, "captured") else source
-    return Intervention(site=parsed, op="swap_subspace", value=directions, source=source, positions=positions)
+    source, whole = _from_run(parsed, source, positions)
+    return Intervention(
+        site=parsed, op="swap_subspace", value=directions, source=source, positions=positions, whole=whole
+    )
 
 
 def clamp(
@@ -191,4 +225,6 @@ def freeze(site: str | Site, run: Run, *, positions: Where = None) -> Interventi
             got=", ".join(map(str, run.captured)) or "no captures",
             fix=f"Run with capture=[{str(parsed)!r}]",
         )
-    return Intervention(site=parsed, op="replace", positions=positions, label=f"freeze({parsed})", _by_site=held)
+    return Intervention(
+        site=parsed, op="replace", positions=positions, label=f"freeze({parsed})", whole=True, _by_site=held
+    )

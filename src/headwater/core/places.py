@@ -53,11 +53,15 @@ class Window:
         elif isinstance(where, str) and where == "decode":
             where = slice(length, None)
         elif isinstance(where, str):
-            where = self._named(where, what)
+            return self._per_prompt(self._named(where, what), length, n_tokens, what)
         if isinstance(where, int):
             absolute = self._absolute(where, length, what)
             here = absolute - self.offset
             return here if 0 <= here < n_tokens else None
+        if isinstance(where, slice) and where.step not in (None, 1):
+            raise InterventionError(
+                f"{what}: a slice of positions takes no step", got=where, fix="List the positions: [0, 2, 4]"
+            )
         if isinstance(where, slice):
             start = 0 if where.start is None else where.start + (length if where.start < 0 else 0)
             stop = self.offset + n_tokens if where.stop is None else where.stop + (length if where.stop < 0 else 0)
@@ -97,6 +101,10 @@ class Window:
         return self.named[name]
 
     def _per_prompt(self, where: torch.Tensor, length: int, n_tokens: int, what: object) -> Any:
+        if self.n_prompts is not None and len(where) != self.n_prompts:
+            raise InterventionError(
+                f"{what}: one position a prompt is needed", got=f"{len(where)} positions", wanted=self.n_prompts
+            )
         columns = where if self.rows is None else where[self.rows.to(where.device)]
         columns = torch.where(columns < 0, columns + length, columns)
         if bool((columns < 0).any()) or (not self.open_ended and bool((columns >= length).any())):

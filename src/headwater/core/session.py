@@ -79,6 +79,13 @@ class Session:
         for intervention in self.interventions:
             self._edits[self._key(intervention.site)].append(intervention)
         self._here: dict[str, _Here] = defaultdict(_Here)
+        self._rows = self.window.rows
+
+    def _window(self, prefix: str) -> Window:
+        """What the running forward covers; an encoder, or a second tower, always sees the whole of its own input."""
+        if prefix in ("", self.anatomy.main.prefix):
+            return self.window
+        return dataclasses.replace(self.window, prompt_length=None, offset=0, open_ended=False)
 
     def _key(self, site: Site) -> tuple[str, int | None, str]:
         return (site.stack, site.layer if isinstance(site.layer, int) else None, site.kind)
@@ -119,13 +126,22 @@ class Session:
         self.window.offset = (
             int(cache.get_seq_length()) if cache is not None and hasattr(cache, "get_seq_length") else 0
         )
-        if self.window.open_ended and self.window.offset == 0 and self.window.rows is None:
+        if not self.window.open_ended:
+            return
+        main = kwargs.get(getattr(self.hf, "main_input_name", "input_ids"))
+        if self.hf.config.is_encoder_decoder:
+            main = kwargs.get("decoder_input_ids", main)
+        main = args[0] if main is None and args else main
+        main = kwargs.get("inputs_embeds") if main is None else main
+        if self._rows is not None and isinstance(main, torch.Tensor):
+            # Beams, and several continuations of a prompt, are rows that follow one another.
+            self.window.rows = self._rows.repeat_interleave(max(1, len(main) // len(self._rows)))
+        elif self._rows is None and self.window.offset == 0:
             # Somebody else's call inside `intervene`: the first forward brings the prompt.
-            main = kwargs.get(getattr(self.hf, "main_input_name", "input_ids"))
-            if self.hf.config.is_encoder_decoder:
-                main = kwargs.get("decoder_input_ids", main)
-            main = args[0] if main is None and args else main
-            self.window.prompt_length = main.shape[1] if isinstance(main, torch.Tensor) and main.ndim >= 2 else None
+            if isinstance(main, torch.Tensor) and main.ndim >= 2:
+                self.window.n_prompts, self.window.prompt_length = main.shape[0], main.shape[1]
+            else:
+                self.window.n_prompts = self.window.prompt_length = None
 
     def _wants(self, prefix: str, layer: int | None, *kinds: str) -> bool:
         return any((prefix, layer, kind) in table for kind in kinds for table in (self._reads, self._edits))
@@ -289,7 +305,7 @@ class Session:
         for site in self._reads.get((prefix, layer, kind), ()):
             whole = to_site(x) if to_site else x
             where = (
-                self.window.locate(site.pos, whole.shape[token_axis(kind)], site)
+                self._window(prefix).locate(site.pos, whole.shape[token_axis(kind)], site)
                 if site.pos is not None
                 else slice(None)
             )
@@ -312,7 +328,7 @@ class Session:
         for intervention in self._edits.get((prefix, layer, kind), ()):
             site = intervention.site
             where = intervention.positions if intervention.positions is not None else site.pos
-            where = self.window.locate(where, x.shape[token_axis(kind)], intervention)
+            where = self._window(prefix).locate(where, x.shape[token_axis(kind)], intervention)
             if where is None:
                 continue
             self.fired.add(id(intervention))
@@ -321,8 +337,11 @@ class Session:
                 x = self._for_rows(intervention, x, None).apply(x)
                 continue
             part = x[index]
-            rows = where[0] if isinstance(where, tuple) else None
-            edited = self._for_rows(intervention, part, rows).apply(part)
+            if intervention.whole:
+                edited = self._for_rows(intervention, x, None).part(x, index).apply(part)
+            else:
+                rows = where[0] if isinstance(where, tuple) else None
+                edited = self._for_rows(intervention, part, rows).apply(part)
             x = x.clone()
             x[index] = edited
         return x
@@ -460,7 +479,9 @@ class Session:
             change = sum((edited[:, :, h] - whole[:, :, h]).reshape(out.shape) for h in sorted(touched))
             whole, out = edited, out + change
         for site in self._reads.get((prefix, layer, kind), ()):
-            where = self.window.locate(site.pos, z_BTHK.shape[1], site) if site.pos is not None else slice(None)
+            where = (
+                self._window(prefix).locate(site.pos, z_BTHK.shape[1], site) if site.pos is not None else slice(None)
+            )
             if whole is not None:
                 value = whole[select_index(site, whole, where)]
             else:

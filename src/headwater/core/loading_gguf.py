@@ -121,6 +121,6 @@ def _write(hf: Any, tokenizer: Any | None, new: Path, facts: dict[str, Any], scr
         (new / licence.name).write_bytes(licence.read_bytes())
     for path in new.iterdir():  # the rename that follows must not overtake the data
         path.chmod(0o644)
-        with path.open("rb") as file:
+        with path.open("r+b") as file:  # some platforms sync only what may be written
             os.fsync(file.fileno())
     (new / MARK).write_text(to_json({**facts, "fingerprint": now}), encoding="utf-8")

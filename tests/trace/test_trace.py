@@ -87,7 +87,9 @@ def run_texts(folder: Path) -> list[str]:
     return [path.read_text() for path in folder.rglob("*.json") if path.name not in ("provenance.json",)]
 
 
-@pytest.mark.parametrize("stage", ["", "behavior", "circuit", "claims"])
+@pytest.mark.parametrize(
+    "stage", ["circuit", *(pytest.param(s, marks=pytest.mark.slow) for s in ("", "behavior", "claims"))]
+)
 def test_killed_at_any_moment_and_resumed_equals_undisturbed(undisturbed, tiny_folder, tmp_path, stage):
     """SIGKILL while run.json is hardly there, and in the middle of the stage that follows `stage`."""
     folder = tmp_path / "killed"

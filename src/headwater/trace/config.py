@@ -60,7 +60,7 @@ class LocalizeSettings(Settings):
     """Patched at each of the behavior's named positions."""
     head_sites: tuple[str, ...] = ("head.*.h*@-1",)
     """Patched too: every head where the answer is read."""
-    n_patch: int = Field(default=16, ge=1)
+    n_patch: int = Field(default=12, ge=1)
     method: Literal["eap", "eap_ig"] = "eap_ig"
     steps: int = Field(default=5, ge=1)
     n_attribution: int = Field(default=60, ge=1)

@@ -319,10 +319,10 @@ def _role_claim(work: Work, role: str, words: str) -> Claim:
 
 
 def _run(work: Work, context: Context, claim: Claim) -> Claim:
-    """Test one claim; the command that tests it again names the claim, not this machine's folders."""
+    """Test one claim. Its command is for the run's folder, wherever that lies: a moved run is the same run."""
     return claim_from_test(
         claim.id, claim.statement, claim.test, context, claim.params,
-        stage=claim.stage, seed=claim.seed, command=f"headwater verify {work.run.path.name}",
+        stage=claim.stage, seed=claim.seed, command="headwater verify .",
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from headwater.core.anatomy import Anatomy, Stack, find_anatomy
+from headwater.core.anatomy import Anatomy, Stack, evaluating, find_anatomy
 from headwater.core.anatomy.check import check_sites
 from headwater.core.errors import InterventionError, ModelError, SiteError, did_you_mean
 from headwater.core.interventions import Intervention
@@ -317,12 +317,12 @@ class Model:
             raise InterventionError("gradients of heads that are also changed are not defined", fix="Capture z instead")
         if logits not in ("all", "last", "none"):
             raise ModelError("unknown choice of logits", got=repr(logits), wanted='"all", "last" or "none"')
-        active = [i for session in self._active[-1:] for i in session.interventions]
+        active, around = self._around()
         concrete = [*active, *self._concrete(interventions)]
         stop = self._stop(sites, stop_after, logits)
         batches = self._batches(inputs, batch_size)
         n_prompts = sum(len(rows) for rows, _, _ in batches)
-        named = {name: torch.as_tensor(index) for name, index in (positions or {}).items()}
+        named = around | {name: torch.as_tensor(index) for name, index in (positions or {}).items()}
         for name, index in named.items():
             if len(index) != n_prompts:
                 raise InterventionError(
@@ -346,11 +346,8 @@ class Model:
 
     def _forward(self, session: Session, arguments: dict[str, Any], logits: Logits, grad: bool) -> Any:
         mode = _frozen(self.hf) if grad else torch.inference_mode()
-        was_training = self.hf.training
-        if was_training:
-            self.hf.eval()
         try:
-            with mode, session.installed():
+            with mode, evaluating(self.hf), session.installed():
                 if logits == "last" and "logits_to_keep" in self._takes:
                     arguments = {**arguments, "logits_to_keep": 1}
                 if "use_cache" in self._takes and "use_cache" not in arguments:
@@ -358,9 +355,6 @@ class Model:
                 return self.hf(**arguments)
         except Stopped:
             return None
-        finally:
-            if was_training:
-                self.hf.train()
 
     def _logits_of(self, output: Any, logits: Logits) -> torch.Tensor | None:
         found = getattr(output, "logits", None) if output is not None and logits != "none" else None
@@ -444,9 +438,10 @@ class Model:
     ) -> Generator[Model]:
         """Inside this block the interventions hold, for `run`, `generate` and calls of the model itself. Blocks nest;
         the inner one adds."""
-        outer = self._active[-1].interventions if self._active else []
+        outer, around = self._around()
         concrete = [*outer, *self._concrete(interventions)]
-        window = Window(open_ended=True, named={k: torch.as_tensor(v) for k, v in (positions or {}).items()})
+        named = around | {name: torch.as_tensor(index) for name, index in (positions or {}).items()}
+        window = Window(open_ended=True, named=named)
         session = Session(self.hf, self.anatomy, [], concrete, window)
         with self._lock, self._suspended(), session.installed():
             self._active.append(session)
@@ -456,6 +451,12 @@ class Model:
                 self._active.pop()
         if session.forwards:
             self._check_fired(concrete, session.fired, [], [])
+
+    def _around(self) -> tuple[list[Intervention], dict[str, torch.Tensor]]:
+        """Interventions and named positions of the `intervene` blocks around this call; another thread's are waited
+        for."""
+        with self._lock:
+            return (self._active[-1].interventions, self._active[-1].window.named) if self._active else ([], {})
 
     @contextlib.contextmanager
     def _suspended(self) -> Generator[None]:
@@ -497,10 +498,20 @@ class Model:
             "bos_token_id": own.bos_token_id,
             "pad_token_id": pad[0] if isinstance(pad, list) else pad,
         }
-        config = GenerationConfig(**{**settings, **kwargs})
-        outer = self._active[-1].interventions if self._active else []
+        known = GenerationConfig()
+        config = GenerationConfig(**settings | {k: v for k, v in kwargs.items() if hasattr(known, k)})
+        if config.return_dict_in_generate or (config.num_return_sequences or 1) > 1:
+            raise ModelError(
+                "generate gives one continuation a prompt",
+                got="num_return_sequences or return_dict_in_generate",
+                fix="Call model.hf.generate inside `with model.intervene(...)`",
+            )
+        # What is no setting (a streamer, logits processors) goes to transformers, which refuses what it does not know.
+        extra = {k: v for k, v in kwargs.items() if not hasattr(known, k)}
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        outer, around = self._around()
         concrete = [*outer, *self._concrete(interventions)]
-        named = {k: torch.as_tensor(v) for k, v in (positions or {}).items()}
+        named = around | {k: torch.as_tensor(v) for k, v in (positions or {}).items()}
         out: list[Any] = [None] * len(tokens)
         fired: set[int] = set()
         lengths: dict[int, list[int]] = defaultdict(list)
@@ -510,11 +521,14 @@ class Model:
             ids = torch.stack([tokens[row] for row in rows])
             window = Window(torch.tensor(rows), len(tokens), length, open_ended=True, named=named)
             session = Session(self.hf, self.anatomy, [], concrete, window)
-            with self._lock, self._suspended(), torch.inference_mode(), session.installed():
-                done = self.hf.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            with self._lock, self._suspended(), torch.inference_mode(), evaluating(self.hf), session.installed():
+                done = self.hf.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, **extra)
             fired |= session.fired
             for row, sequence in zip(rows, done, strict=True):
                 new = sequence[length:]
+                # After its end a prompt is only filled up, while others of its length go on.
+                over = [i for i, token in enumerate(new.tolist()) if token in ends]
+                new = new[: over[0] + 1] if over else new
                 out[row] = (
                     new.tolist() if self.tokenizer is None else self.tokenizer.decode(new, skip_special_tokens=True)
                 )

@@ -1,6 +1,7 @@
 """Where each site lives inside a model: found from the model's own structure, measured, not trusted."""
 
 from headwater.core.anatomy.find import find_anatomy, is_norm
+from headwater.core.anatomy.trace import evaluating
 from headwater.core.anatomy.types import Anatomy, Attention, Block, Mixer, Mlp, Port, Stack, Write, linear_weight
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "Port",
     "Stack",
     "Write",
+    "evaluating",
     "find_anatomy",
     "is_norm",
     "linear_weight",

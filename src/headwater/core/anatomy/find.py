@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from headwater.core.anatomy.declared import ATTENTION_METHODS
-from headwater.core.anatomy.trace import AttentionCall, Call, Trace, probe_inputs, trace
+from headwater.core.anatomy.trace import AttentionCall, Call, Trace, evaluating, probe_inputs, trace
 from headwater.core.anatomy.types import Anatomy, Attention, Block, Mixer, Mlp, Port, Stack, Write
 from headwater.core.errors import ModelError
 
@@ -19,12 +19,8 @@ from headwater.core.errors import ModelError
 def find_anatomy(hf: Any) -> Anatomy:
     """Trace `hf` once and say where its sites are. A model without a run of blocks is refused with what was looked
     for."""
-    was_training = hf.training
-    hf.eval()
-    try:
+    with evaluating(hf):
         found = trace(hf, probe_inputs(hf))
-    finally:
-        hf.train(was_training)
     stacks: dict[str, Stack] = {}
     refused: dict[str, str] = {}
     runs = _block_runs(hf, found)
@@ -448,6 +444,10 @@ def _proportional(change: torch.Tensor, write: torch.Tensor, rounding: float) ->
     least = float((c - best * w).norm())
     if best <= 0 or least > min(rounding, 0.2 * float(c.norm())):
         return None
+    # Nobody writes a multiplier of 0.99999: where the stream is thousands of times its writes, rounding alone gives
+    # that.
+    if abs(best - 1.0) < 1e-3 and (error := float((c - w).norm())) <= rounding:
+        return 1.0, error
     # A multiplier is a number that somebody wrote into a config: take the shortest that fits as well as any.
     for scale in (1.0, *(float(f"{best:.{digits}g}") for digits in range(1, 7))):
         error = float((c - scale * w).norm())

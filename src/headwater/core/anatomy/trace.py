@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +66,19 @@ def attention_names(hf: nn.Module) -> set[str]:
     """The attention implementations that the configs in this model name."""
     names = {getattr(getattr(m, "config", None), "_attn_implementation", None) for m in hf.modules()}
     return {name for name in names if isinstance(name, str)}
+
+
+@contextmanager
+def evaluating(hf: nn.Module) -> Generator[None]:
+    """Dropout is off inside; each module's own mode comes back after."""
+    training = [module for module in hf.modules() if module.training] if hf.training else []
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def trace(hf: nn.Module, inputs: dict[str, Any]) -> Trace:

@@ -191,3 +191,17 @@ class TestCircuit:
 
 def test_a_kind_without_a_chart_is_no_error() -> None:
     assert charts.as_svg(Result(facts={"x": 1})) == ""
+
+
+@pytest.mark.parametrize("kind", charts.KINDS)
+def test_a_notebook_shows_the_chart_and_the_table(kind: str) -> None:
+    shown = synthetic.MAKERS[kind][1]()._repr_html_()
+    assert shown.count("<svg") == 1 and "<thead>" in shown
+    assert "<script" not in shown
+
+
+def test_a_notebook_shows_a_result_that_cannot_be_drawn() -> None:
+    broken = synthetic.result("faithfulness", {"curve": [{"fraction": "much", "faithfulness": 0.5}]})
+    with pytest.raises(TypeError):
+        broken.chart()
+    assert "<svg" not in broken._repr_html_() and "much" in broken._repr_html_()

@@ -181,7 +181,7 @@ def test_a_missing_stage_is_named_with_its_command(left_out: str, monkeypatch: p
 
 def test_an_empty_run_is_a_page_too() -> None:
     text = Parsed(render(Gathered(folder=Path("runs/new"), config={"behavior": "ioi", "model": "gpt2"}))).text
-    assert "How does gpt2 do ioi" in text
+    assert "Indirect objects: how does gpt2 do it?" in text
     assert text.count("Not in this run yet") >= 6
 
 

@@ -193,7 +193,7 @@ class Result:
         return f"{type(self).__name__}({', '.join(scalars[:8] + shapes)})"
 
     def _repr_html_(self) -> str:
-        """Facts and the first rows of the main table; every text escaped, as it may come from a model or a file."""
+        """Chart, facts and the first rows of the main table; text escaped, as it may come from a model or a file."""
         scalars = {name: value for name, value in self.facts.items() if _is_scalar(value)}
         facts = "".join(
             f"<tr><th>{html.escape(name)}</th><td>{html.escape(_short(value))}</td></tr>"
@@ -206,9 +206,17 @@ class Result:
             for row in frame.iter_rows()
         )
         return (
-            f"<div><b>{html.escape(type(self).__name__)}</b>"
+            f"<div><b>{html.escape(type(self).__name__)}</b>{self._drawing()}"
             f"<table>{facts}</table><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>"
         )
+
+    def _drawing(self) -> str:
+        """The chart as inline SVG; nothing for a kind without one, or for data that cannot be drawn."""
+        charts = importlib.import_module("headwater.report.charts")
+        try:
+            return str(charts.as_svg(self))
+        except Exception:  # a notebook shows the tables of a result that cannot be drawn; `.chart()` says why
+            return ""
 
 
 def register_result(cls: R) -> R:

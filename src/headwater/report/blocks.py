@@ -39,6 +39,8 @@ class Table:
     rows: Sequence[Sequence[Cell]]
     caption: str = ""
     more: str = ""
+    fold: str = ""
+    """A summary to fold the table behind."""
     block: str = "table"
 
 
@@ -93,9 +95,9 @@ class Tiles:
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
-    """Sentences with a mark: (style, lead word, text)."""
+    """Sentences with a mark: (style, lead word, text, small print)."""
 
-    items: Sequence[tuple[str, str, str]]
+    items: Sequence[tuple[str, str, str, str]]
     block: str = "lines"
 
 

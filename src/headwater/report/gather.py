@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from headwater.core.errors import HeadwaterError
 from headwater.core.results import Result
 from headwater.core.store import RunFolder
 
-STAGES = ("behavior", "localize", "circuit", "heads", "claims", "act")
+STAGES = ("behavior", "localize", "circuit", "heads", "claims", "act", "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +46,14 @@ class Gathered:
     def first(self, kind: str) -> Found | None:
         """The first result of a kind, or None."""
         return next(self.all(kind), None)
+
+    def pairs(self) -> pl.DataFrame | None:
+        """The behavior's pairs as the run stored them, or None."""
+        for item in self.found:
+            table = item.result.tables.get("pairs")
+            if table is not None and {"prompt", "answers", "positions"} <= set(table.columns):
+                return table
+        return None
 
     def fact(self, *names: str) -> Any:
         """The first of these names that the config, a stage's facts or a result's facts hold."""

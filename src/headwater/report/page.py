@@ -50,6 +50,7 @@ def render(gathered: Gathered) -> str:
         title=f"{context.behavior} in {context.model}",
         question=question(context),
         facts=_facts(context),
+        example=_example(context),
         sections=sections,
         style=Markup(_style(environment)),
         missing=[section.title for section in sections if _is_missing(section)],
@@ -60,23 +61,30 @@ def render(gathered: Gathered) -> str:
 def question(context: Context) -> str:
     """What was asked: the run's own words where it has them."""
     asked = context.run.fact("question")
-    return (
-        visible(asked, 300)
-        if isinstance(asked, str)
-        else f"How does {context.model} do {context.behavior}, and what in it makes it so?"
-    )
+    return visible(asked, 300) if isinstance(asked, str) else f"{context.described[0]}: how does {context.model} do it?"
 
 
 def _facts(context: Context) -> list[tuple[str, str]]:
-    described = context.run.fact("description")
     known = [item.result.provenance for item in context.run.found]
     dates = sorted(p.date for p in known if p.date)
     facts = [("model", context.model), ("behavior", context.behavior)]
-    if isinstance(described, str):
-        facts.append(("what it is", visible(described, 400)))
+    if context.described[1]:
+        facts.append(("what it is", visible(context.described[1], 400)))
     if dates:
         facts.append(("traced", dates[-1][:10]))
     return facts
+
+
+def _example(context: Context) -> tuple[str, str, str] | None:
+    """A prompt, its answer and its foil, to see what the page is about before reading on."""
+    pairs = context.run.pairs()
+    if pairs is None or pairs.is_empty() or "foils" not in pairs.columns:
+        return None
+    row = pairs.row(0, named=True)
+    answers, foils = list(row["answers"] or []), list(row["foils"] or [])
+    if not answers:
+        return None
+    return visible(row["prompt"], 400), visible(answers[0], 60).strip(), visible(foils[0], 60).strip() if foils else ""
 
 
 def _is_missing(section: Section) -> bool:

@@ -21,7 +21,10 @@ def spark(claim: Mapping[str, Any]) -> str:
     mean, edge = finite(claim["null_mean"]), finite(claim["reference"]) or 0.0
     null = middle_95([value for value in map(finite, claim.get("null_draws") or []) if value is not None])
     points = [value for value in (effect, lo, hi, mean, edge, *(null or ())) if value is not None]
-    low, scale = min(points), (_WIDTH - 2 * _PAD) / ((max(points) - min(points)) or 1.0)
+    low, width = min(points), max(points) - min(points)
+    if width < 1e-6 * max(1.0, abs(low)):  # all the same but for rounding: one dot in the middle
+        low, width = low - 0.5, 1.0
+    scale = (_WIDTH - 2 * _PAD) / width
 
     def at(value: float) -> float:
         return round(_PAD + (value - low) * scale, 1)
@@ -31,8 +34,8 @@ def spark(claim: Mapping[str, Any]) -> str:
     said += f", 95% of draws {interval(*null)}" if null else ""
     parts = [element("title", text=said), _upright(at(edge), stroke=var("soft"), stroke_dasharray="2 2")]
     if null:
-        width = max(at(null[1]) - at(null[0]), 1.5)
-        parts.append(element("rect", x=at(null[0]), y=4, width=width, height=_HEIGHT - 8, fill=var("band")))
+        wide = max(at(null[1]) - at(null[0]), 1.5)
+        parts.append(element("rect", x=at(null[0]), y=4, width=wide, height=_HEIGHT - 8, fill=var("band")))
     if mean is not None:
         parts.append(_upright(at(mean), stroke=var("null"), stroke_width=2))
     if lo is not None and hi is not None:

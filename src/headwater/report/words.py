@@ -7,7 +7,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 NOTHING = "–"
-_METRICS = {"logit_diff": "logit difference", "prob_diff": "probability difference", "kl": "KL divergence"}
+_METRICS = {
+    "logit_diff": "logit difference",
+    "prob_diff": "probability difference",
+    "kl": "KL divergence",
+    "cf_logit_diff": "logit difference under the counterfactual",
+}
 
 
 def finite(value: Any) -> float | None:
@@ -47,8 +52,8 @@ def percent(value: Any) -> str:
 
 def metric_name(name: Any) -> str:
     """A metric as one says it: `logit_diff` is the logit difference."""
-    text = "" if name is None else str(name)
-    return _METRICS.get(text, visible(text.replace("_", " "), 60))
+    words = ("" if name is None else str(name)).split(" ")
+    return visible(" ".join(_METRICS.get(word, word.replace("_", " ")) for word in words), 80)
 
 
 def p_value(value: Any) -> str:

@@ -58,8 +58,11 @@ def circuit(result: Any) -> Any:
     return themed((drawn + nodes + names).properties(width=layout.width, height=layout.height))
 
 
-def faithfulness(result: Any, null: Any = None) -> Any:
-    """Faithfulness over circuit size with its interval; with a NullResult, what random circuits of that size reach."""
+def faithfulness(result: Any, null: Any = None, size: float | None = None) -> Any:
+    """Faithfulness over circuit size with its interval.
+
+    `null`: a NullResult, whose random circuits are shown as a band; `size`: the chosen circuit's share of all edges.
+    """
     found = rows(result.tables.get("curve"), "fraction", "edges", "faithfulness", "lo", "hi", "metric")
     found = [row for row in found if row["faithfulness"] is not None and (row["fraction"] or 0) > 0]
     if not found:
@@ -93,6 +96,10 @@ def faithfulness(result: Any, null: Any = None) -> Any:
     layers.append(
         alt.Chart(data(ends)).mark_rule(color=color("null"), strokeDash=[3, 3]).encode(y="at:Q", description="tip:N")
     )
+    if size is not None and min(sizes) <= 100 * size <= max(sizes):
+        chosen = [{"percent": 100 * size, "tip": f"the circuit: {percent(size)} of the edges"}]
+        mark = alt.Chart(data(chosen)).mark_rule(color=color("neg"), strokeDash=[4, 3])
+        layers.append(mark.encode(x=x, description="tip:N"))
     if any(row["lo"] is not None for row in shown):
         layers.append(
             base.mark_area(color=color("pos"), opacity=0.16).encode(

@@ -115,7 +115,7 @@ def ledger(result: Any) -> Any:
 
 _CLAIM = (
     *("id", "statement", "test", "effect", "lo", "hi", "reference", "null_mean", "p", "p_adj", "n", "seed", "command"),
-    *("stage", "status", "why_not", "note"),
+    *("stage", "status", "why_not", "note", "params"),
 )
 
 

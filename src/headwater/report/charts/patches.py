@@ -27,6 +27,8 @@ DIRECTIONS = {
     "denoise": "clean value put into the corrupt run",
     "noise": "corrupt value put into the clean run",
 }
+_WRITES = {"attn_out": "attention", "mlp_out": "MLP"}
+_RANK = {"position": 0, "layer": 2, "head": 4, "head and position": 6}  # the stream first, single heads last
 _MOST_HEADS = 24
 
 
@@ -41,6 +43,8 @@ class Panel:
     rows: list[Row]
     names: dict[str, str]
     """What to write below a position's column, where it is not the position's name."""
+    alone: str | None = None
+    """The only position at which heads were patched."""
 
 
 def patching(result: Any) -> Any:
@@ -51,17 +55,25 @@ def patching(result: Any) -> Any:
 
 
 def group_panels(every: list[Panel]) -> list[list[Panel]]:
-    """Panels that belong side by side: the same sites patched in both directions."""
-    grouped: dict[tuple[str, str], list[Panel]] = {}
+    """Panels that belong side by side: the same sites patched in both directions, or the two writes of a block."""
+    grouped: dict[tuple[str, ...], list[Panel]] = {}
+    directions = {panel.direction for panel in every}
     for panel in every:
-        grouped.setdefault((panel.kind, panel.by), []).append(panel)
-    return list(grouped.values())
+        kind = "writes" if panel.kind in _WRITES and len(directions) == 1 else panel.kind
+        grouped.setdefault((kind, panel.by, panel.alone or ""), []).append(panel)
+    return sorted(grouped.values(), key=lambda group: _RANK.get(group[0].by, len(_RANK)) + (group[0].kind in _WRITES))
 
 
-def panel_title(panel: Panel) -> str:
+def group_title(group: list[Panel]) -> str:
     """What was patched, as a title."""
-    site = SITES.get(panel.kind, panel.kind.replace("_", " "))
-    return f"{site[:1].upper()}{site[1:]}, by layer" + (f" and {panel.by}" if panel.by in ("head", "position") else "")
+    panel = group[0]
+    both = len({other.kind for other in group}) > 1
+    site = "what attention and MLPs add to the stream" if both else SITES.get(panel.kind, panel.kind.replace("_", " "))
+    by = {"head": "layer and head", "position": "layer and position", "head and position": "head and position"}
+    title = f"{site[:1].upper()}{site[1:]}, by {by.get(panel.by, 'layer')}"
+    if panel.alone is None:
+        return title
+    return title + (", at the last position" if panel.alone in ("-1", "END") else f", at {panel.alone}")
 
 
 def draw_panels(group: list[Panel], *, title: bool = False) -> Any:
@@ -69,14 +81,18 @@ def draw_panels(group: list[Panel], *, title: bool = False) -> Any:
     extreme = max(abs(row["effect"]) for panel in group for row in panel.rows)
     drawn = []
     for panel in group:
-        heading = [panel_title(panel)] if title else []
+        heading = [group_title(group)] if title and panel is group[0] else []
+        heading += [_WRITES[panel.kind]] if len({other.kind for other in group}) > 1 else []
         heading += [DIRECTIONS.get(panel.direction, panel.direction)] if panel.direction else []
         drawn.append(_draw(panel, extreme, len(group)).properties(title="; ".join(heading)))
     return alt.hconcat(*drawn, spacing=28) if len(drawn) > 1 else drawn[0]
 
 
-def panels(result: Any) -> list[Panel]:
-    """One panel for each direction, kind of site, and pair of axes that the result holds."""
+def panels(result: Any, names: dict[str, str] | None = None) -> list[Panel]:
+    """One panel for each direction, kind of site, and pair of axes that the result holds.
+
+    `names`: what to write below a position's column (two lines with a line end between), where the result does not say.
+    """
     columns = ("site", "kind", "layer", "head", "position", "effect", "lo", "hi", "n", "direction")
     axes = {(True, True): "head and position", (True, False): "head", (False, True): "position"}
     split: dict[tuple[str, str, str], list[Row]] = {}
@@ -84,11 +100,14 @@ def panels(result: Any) -> list[Panel]:
         if row["effect"] is not None:
             by = axes.get((row["head"] is not None, row["position"] is not None), "layer")
             split.setdefault((str(row["direction"] or ""), str(row["kind"] or ""), by), []).append(row)
-    names = labels(result)
-    return [
-        Panel(kind=kind, direction=direction, by=by, rows=group, names=names)
-        for (direction, kind, by), group in split.items()
-    ]
+    names = labels(result) or names or {}
+    made = []
+    for (direction, kind, by), group in split.items():
+        places = list(dict.fromkeys(str(row["position"]) for row in group))
+        alone = places[0] if by == "head and position" and len(places) == 1 else None
+        by = "head" if alone else by
+        made.append(Panel(kind=kind, direction=direction, by=by, rows=group, names=names, alone=alone))
+    return made
 
 
 def labels(result: Any) -> dict[str, str]:
@@ -114,12 +133,14 @@ def _draw(panel: Panel, extreme: float, n_panels: int) -> Any:
             key = (row["layer"], row["head"])
             best[key] = max(best.get(key, 0.0), abs(row["effect"]))
         kept = set(sorted(best, key=lambda key: -best[key])[:_MOST_HEADS])
-        group = sorted((row for row in group if (row["layer"], row["head"]) in kept), key=_depth)
+        order = _ordered(group, panel.names)
+        group = [row for row in group if (row["layer"], row["head"]) in kept]
+        group.sort(key=lambda row: (*_depth(row), order.index(row["position"])))
         cells = [_cell(row, _column(row, panel.names), f"a{row['layer']}.h{row['head']}") for row in group]
     elif by == "head":
         cells = [_cell(row, f"h{row['head']}", row["layer"]) for row in sorted(group, key=_depth)]
     else:
-        order = list(dict.fromkeys(row["position"] for row in group))
+        order = _ordered(group, panel.names)
         group = sorted(group, key=lambda row: (*_depth(row), order.index(row["position"])))
         cells = [_cell(row, _column(row, panel.names), row["layer"]) for row in group]
     columns = list(dict.fromkeys(cell["x"] for cell in cells))
@@ -130,6 +151,13 @@ def _draw(panel: Panel, extreme: float, n_panels: int) -> Any:
     x = "head" if by == "head" else "position"
     y = "head" if by == "head and position" else "layer"
     return heat(cells, x=x, y=y, extreme=extreme, step=step)
+
+
+def _ordered(group: list[Row], names: dict[str, str]) -> list[Any]:
+    """Positions as they stand in the prompt where that is known, else in the order of the rows."""
+    found = list(dict.fromkeys(row["position"] for row in group))
+    known = list(names)
+    return sorted(found, key=lambda name: known.index(name) if name in known else len(known))
 
 
 def _depth(row: Row) -> tuple[bool, int, int]:

@@ -12,7 +12,7 @@ from headwater.report.charts.claims import claim_rows, role_hues
 from headwater.report.charts.parts import Row, rows
 from headwater.report.gather import Found, Gathered
 from headwater.report.svg import inline
-from headwater.report.words import visible
+from headwater.report.words import token, visible
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +52,33 @@ class Context:
             self.run.fact("behavior_name") or _name(self.run.config.get("behavior")) or _name(self.run.fact("behavior"))
         )
         return visible(Path(found).stem if found and "/" in found else found or "this behavior", 80)
+
+    @property
+    def described(self) -> tuple[str, str]:
+        """A behavior's name as a title, and what it is, from the first line of its generator where it has one."""
+        from headwater.behavior.generators import registry
+
+        about = self.run.fact("about")
+        name = about.get("generator") if isinstance(about, dict) else None
+        name = name if isinstance(name, str) else self.behavior
+        text = (registry.get(name).__doc__ or "").strip().split("\n")[0] if name in registry else ""
+        title, colon, rest = text.partition(": ")
+        if not colon:
+            title, rest = self.behavior.replace("_", " "), ""
+        return title[:1].upper() + title[1:], rest[:1].upper() + rest[1:]
+
+    def position_labels(self) -> dict[str, str]:
+        """Named positions with the first pair's token there, as column labels."""
+        pairs = self.run.pairs()
+        if pairs is None or pairs.is_empty():
+            return {}
+        prompt, positions = str(pairs["prompt"][0]), pairs["positions"][0]
+        try:
+            spans = json.loads(positions) if isinstance(positions, str) else {}
+            placed = sorted(spans.items(), key=lambda item: item[1])  # as they stand in the prompt
+            return {name: f"{token(prompt[start:end], 12)}\n{name}" for name, (start, end) in placed}
+        except (ValueError, TypeError, AttributeError):  # a table from elsewhere may hold anything here
+            return {}
 
     def command(self, verb: str) -> str:
         """A command on this run."""
@@ -151,6 +178,9 @@ def _name(value: Any) -> str:
 
 def missing(context: Context, *, id: str, title: str, what: str, stage: str) -> Section:
     """A section whose stage is not there yet: what it would show, and how to get it."""
+    if stage in context.run.facts:
+        text = f"The stage “{stage}” was run and left nothing to show here. {what}"
+        return Section(id=id, title=title, blocks=[Note(text=text, tone="missing")])
     note = Note(
         text=f"Not in this run yet: the stage “{stage}”. {what} Run it with:",
         tone="missing",

@@ -10,6 +10,7 @@ from headwater.report.sections.base import Context, missing
 from headwater.report.words import count, estimate, finite, interval, metric_name, number, percent, token, visible
 
 _TITLE = "What the model does"
+_FEW = 5
 
 
 def behavior(context: Context) -> Section:
@@ -70,13 +71,9 @@ def _lead(context: Context, overall: dict[Any, Row]) -> str:
 
 
 def _slices_lead(metrics: list[Row]) -> list[str]:
-    sliced = [
-        row for row in metrics if not is_overall(row) and row["metric"] == "accuracy" and row["value"] is not None
-    ]
+    sliced = [row for row in metrics if _is_slice(row) and row["metric"] == "accuracy"]
     if len(sliced) < 2:
-        sliced = [
-            row for row in metrics if not is_overall(row) and row["metric"] == "logit_diff" and row["value"] is not None
-        ]
+        sliced = [row for row in metrics if _is_slice(row) and row["metric"] == "logit_diff"]
     if len(sliced) < 2:
         return []
     worst, best = min(sliced, key=lambda row: row["value"]), max(sliced, key=lambda row: row["value"])
@@ -88,6 +85,11 @@ def _slices_lead(metrics: list[Row]) -> list[str]:
         f"The hardest slice is {_slice(worst)} ({metric} {show(worst['value'])}), the easiest "
         f"{_slice(best)} ({show(best['value'])})."
     ]
+
+
+def _is_slice(row: Row) -> bool:
+    """Whether a row speaks of a slice worth comparing: with a value, of at least a few prompts, and no mere half."""
+    return not is_overall(row) and row["slice_name"] != "split" and row["value"] is not None and (row["n"] or 0) >= _FEW
 
 
 def _slice(row: Row) -> str:
@@ -128,8 +130,8 @@ def _examples(found: Found, each: int = 4) -> list[Any]:
     body = [
         [
             Cell(text=visible(row["prompt"], 600), style="prompt"),
-            Cell(text=token(row["answer"], 40), style="mono"),
-            Cell(text=token(row["foil"], 40), style="mono"),
+            Cell(text=token(row["answer"], 40), style="mono token"),
+            Cell(text=token(row["foil"], 40), style="mono token"),
             cell(row["logit_diff"]),
             cell(row["cf_logit_diff"]),
             Cell(
@@ -174,21 +176,22 @@ def _canary(context: Context, found: Found) -> list[Any]:
         if (at := finite(row["lo"])) is not None and row["chance"] is not None and at <= row["chance"]
     ]
     best = max(table, key=lambda row: row["accuracy"])
-    names = ", ".join(dict.fromkeys(f"{row['format']}" for row in fails))
     lead = (
         f"The same questions in {count(len({row['format'] for row in table}), 'format')}: best as "
-        f"{best['format']} ({percent(best['accuracy'])})"
+        f"{best['format']} ({percent(best['accuracy'])}), and not above chance in {len(fails)} of "
+        f"{count(len(table), 'condition')}."
     )
-    lead += (
-        f"; not above chance in some conditions of {names}: there the model lacks the format, not the answer."
-        if fails
-        else "; above chance in every condition, so a failure elsewhere is not one of format."
-    )
+    said = found.result.facts.get("canary")
+    if isinstance(said, dict) and said.get("verdict"):
+        lead += f" So {visible(said['verdict'], 300).rstrip('. ')}."
     figure = context.figure(
         found,
         lambda: canary(found.result),
         title="The canary: can it use the format at all?",
-        caption="Accuracy with 95% intervals; the orange tick is chance.",
+        caption=(
+            "Accuracy with 95% intervals; the orange tick is chance. Asked: the plain question. Told: the answer "
+            "stands in the prompt and has only to be copied, so failing there is failing the format."
+        ),
         tables=["canary"],
         code="from headwater.report.charts import canary\ncanary(found)",
     )

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from headwater.report.blocks import Heading, Section, Table, cell
+from headwater.report.blocks import Section, Table, cell
 from headwater.report.charts.circuits import NULLS, draw_rows, faithfulness, null, null_band
 from headwater.report.charts.parts import Row, rows
 from headwater.report.drawing import draw
 from headwater.report.gather import Found
-from headwater.report.layout import place
+from headwater.report.layout import Layout, place
 from headwater.report.sections.base import Context, missing
 from headwater.report.words import (
     count,
@@ -52,14 +52,7 @@ def circuit(context: Context) -> Section:
     roles, hues = context.roles(), context.role_tokens()
     shown = {node.name for node in layout.nodes}
     used = {role for name, role in roles.items() if name in shown}
-    if layout.hidden > 0:
-        drawn = (
-            f"The {len(layout.edges)} strongest edges are drawn; {layout.hidden:,} weaker ones and "
-            f"{count(max(0, int(n_nodes) - sum(node.sort != 'group' for node in layout.nodes)), 'node')} "
-            "that only they touch are not."
-        )
-    else:
-        drawn = f"All {count(len(layout.edges), 'edge')} are drawn."
+    drawn = _drawn(layout, n_nodes)
     caption = (
         f"{drawn} Layers go up, width is strength, blue raises the metric and orange lowers it; an edge "
         "enters a head at its left for queries, in the middle for keys, at its right for values. Hover "
@@ -90,6 +83,15 @@ def circuit(context: Context) -> Section:
     return section
 
 
+def _drawn(layout: Layout, n_nodes: Any) -> str:
+    """How much of the circuit is in the picture."""
+    if layout.hidden <= 0:
+        return f"All {count(len(layout.edges), 'edge')} are drawn."
+    text = f"The {len(layout.edges)} strongest of {layout.n_edges:,} edges are drawn"
+    unseen = n_nodes - sum(node.sort != "group" for node in layout.nodes) if isinstance(n_nodes, int) else 0
+    return f"{text}, without {count(unseen, 'node')} that only the others touch." if unseen > 0 else f"{text}."
+
+
 def _edge(row: Row) -> str:
     return f"{row['source']} → {row['target']} ({number(row['score'])})"
 
@@ -115,13 +117,17 @@ def strength(context: Context) -> Section:
         if len(table) > 1:
             section.blocks.append(_curve(context, item, first_null))
         else:
-            row = table[0]
-            text = f"{item.name.replace('_', ' ').capitalize()}: {estimate(row['faithfulness'], row['lo'], row['hi'])}"
-            section.blocks.append(
-                Heading(text=text, lead=f"with {number(row['edges'])} edges ({percent(row['fraction'])} of all).")
-            )
+            section.lead = [*section.lead, _alone(item, table[0])]
     section.blocks += [_null(context, item) for item in nulls]
     return section
+
+
+def _alone(item: Found, row: Row) -> str:
+    """One circuit's faithfulness as a sentence."""
+    found = f"{estimate(row['faithfulness'], row['lo'], row['hi'])}"
+    if item.name == "completeness":
+        return f"The rest of the model without the circuit still reaches {found}: 0 would mean that nothing else helps."
+    return f"{item.name.replace('_', ' ').capitalize()}: {found} with {number(row['edges'])} edges."
 
 
 def _curve(context: Context, item: Found, null_of: Found | None) -> Any:
@@ -133,6 +139,10 @@ def _curve(context: Context, item: Found, null_of: Found | None) -> Any:
     enough = next(
         (row for row in sorted(table, key=lambda row: row["fraction"] or 0) if row["faithfulness"] >= 0.8), None
     )
+    chosen = context.run.first("circuit")
+    facts = chosen.result.facts if chosen else {}
+    n, total = facts.get("n_edges"), facts.get("n_total_edges")
+    size = n / total if isinstance(n, int) and isinstance(total, int) and total else None
     cpr, cmd = finite(item.result.facts.get("cpr")), finite(item.result.facts.get("cmd"))
     parts = []
     if enough:
@@ -147,13 +157,15 @@ def _curve(context: Context, item: Found, null_of: Found | None) -> Any:
         parts.append(
             f"CPR, the area under the curve: {number(cpr)}; CMD, its distance from 1: {number(cmd)} (0 is perfect)."
         )
+    if size is not None:
+        parts.append(f"The dashed upright marks the circuit ({percent(size)}).")
     if null_of is not None and (band := null_band(null_of.result)):
         parts.append(
             f"Grey: 95% of {band['name']}, as large as the circuit, lie in {interval(band['lo'], band['hi'])}."
         )
     return context.figure(
         item,
-        lambda: faithfulness(item.result, null_of.result if null_of else None),
+        lambda: faithfulness(item.result, null_of.result if null_of else None, size),
         title="Faithfulness over circuit size",
         caption=" ".join(parts),
         tables=["curve"],

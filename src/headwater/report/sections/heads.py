@@ -25,9 +25,12 @@ def heads(context: Context) -> Section:
         what = "It names heads by what they attend to, and tests each name by patching."
         return missing(context, id="heads", title=title, what=what, stage="heads")
     by: dict[str, list[str]] = {}
+    by_role = dict.fromkeys(str(row["role"]) for row in table)
     for row in table:
         by.setdefault(str(row["role"] or "no role").replace("_", " "), []).append(f"a{row['layer']}.h{row['head']}")
     lead = [f"{listing(_acts(role, names) for role, names in by.items())}."]
+    if absent := [str(role).replace("_", " ") for role in found.result.facts.get("absent") or []]:
+        lead.append(f"No head was found for {listing(absent, last='or')}.")
     if top := strongest(table, "effect", 1):
         row = top[0]
         lead.append(
@@ -47,11 +50,15 @@ def heads(context: Context) -> Section:
         ]
         for row in table
     ]
+    known = found.result.facts.get("descriptions")
+    described = known if isinstance(known, dict) else {}
+    terms = [f"{role.replace('_', ' ')}: {visible(described[role], 120)}" for role in by_role if role in described]
     columns = ("head", "role", "attention", "effect", "95% interval", "null", "p")
     caption = (
         "Attention: mean weight on the place that the role names. Effect: change of the metric when the "
-        "head is patched. Null: the same for random heads."
+        "head is patched. Null: the same for random heads. "
     )
+    caption += f"Roles: {'; '.join(terms)}." if terms else ""
     figure = context.figure(found, lambda: chart(found.result), title="Each head's effect, by role", tables=["roles"])
     return Section(
         id="heads", title=title, lead=lead, blocks=[figure, Table(columns=columns, rows=body, caption=caption)]

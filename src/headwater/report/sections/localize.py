@@ -1,8 +1,17 @@
 """Where in the model it happens: patching heat maps and attribution scores."""
 
-from headwater.report.blocks import Section, Table, cell
+from headwater.report.blocks import Section
 from headwater.report.charts.parts import Row, themed
-from headwater.report.charts.patches import DIRECTIONS, Panel, draw_panels, group_panels, panel_title, panels, peaks
+from headwater.report.charts.patches import (
+    DIRECTIONS,
+    SITES,
+    Panel,
+    draw_panels,
+    group_panels,
+    group_title,
+    panels,
+    peaks,
+)
 from headwater.report.charts.scores import attribution as score_map
 from headwater.report.charts.scores import node_rows, strongest_nodes
 from headwater.report.gather import Found
@@ -13,7 +22,11 @@ from headwater.report.words import count, estimate, finite, listing, metric_name
 def patching(context: Context) -> Section:
     """One heat map for each kind of site that was patched."""
     title = "Where it happens: patching"
-    every = [(found, panel) for found in context.run.all("patching") for panel in panels(found.result)]
+    every = [
+        (found, panel)
+        for found in context.run.all("patching")
+        for panel in panels(found.result, context.position_labels())
+    ]
     if not every:
         what = (
             "It copies activations between the clean and the corrupt run, place by place, and measures "
@@ -38,7 +51,7 @@ def patching(context: Context) -> Section:
             context.figure(
                 results[0],
                 lambda group=group: themed(draw_panels(group)),
-                title=panel_title(group[0]),
+                title=group_title(group),
                 caption=_caption(group, results[0]),
                 tables=["effects"],
                 others=results[1:],
@@ -67,7 +80,11 @@ def _caption(group: list[Panel], found: Found) -> str:
     parts = []
     for panel in group:
         best = listing(f"{_site(row)} ({_effect(row)})" for row in peaks(panel))
-        how = f", {DIRECTIONS[panel.direction]}" if len(group) > 1 and panel.direction in DIRECTIONS else ""
+        how = ""
+        if len({other.kind for other in group}) > 1:
+            how = f" in {SITES.get(panel.kind, panel.kind)}"
+        elif len(group) > 1 and panel.direction in DIRECTIONS:
+            how = f", {DIRECTIONS[panel.direction]}"
         parts.append(f"Strongest{how}: {best}.")
         if panel.by == "position" and (path := handover(panel.rows)):
             parts.append(path)
@@ -146,18 +163,8 @@ def attribution(context: Context) -> Section | None:
                 item,
                 lambda item=item: strongest_nodes(item.result),
                 title=f"The strongest nodes ({visible(method, 40)})",
-                tables=["nodes"],
+                tables=["nodes", "edges"],
                 code="from headwater.report.charts import strongest_nodes\nstrongest_nodes(found)",
             )
         )
-        edges = item.result.tables.get("edges")
-        if edges is not None and {"source", "target", "score"} <= set(edges.columns):
-            top = strongest(edges.to_dicts(), "score", 10)
-            body = [
-                [cell(row["source"], style="mono"), cell(row["target"], style="mono"), cell(row["score"])]
-                for row in top
-            ]
-            section.blocks.append(
-                Table(columns=("from", "into", "score"), rows=body, caption=f"The strongest of {edges.height:,} edges.")
-            )
     return section

@@ -9,7 +9,11 @@ from headwater.report.words import count, duration, number, visible
 
 def other(context: Context) -> Section | None:
     """Tables of results that have no section of their own; nothing where there are none."""
-    found = [item for item in context.run.found if item.result.kind not in KINDS and item.result.tables]
+    found = [
+        item
+        for item in context.run.found
+        if item.result.kind not in KINDS and item.result.tables and "pairs" not in item.result.tables
+    ]
     if not found:
         return None
     section = Section(

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from headwater.report.blocks import Cell, Lines, Section, Source, Table, Tiles, cell, source
+from headwater.report.blocks import Cell, Lines, Note, Section, Source, Table, Tiles, cell, source
 from headwater.report.charts.behaviors import is_overall, metric_rows
 from headwater.report.charts.circuits import draw_rows
 from headwater.report.charts.claims import STATUS
@@ -25,11 +25,14 @@ def verdict(context: Context) -> Section:
         return section
     by = {status: [row for row in claims if row["status"] == status] for status in STATUS}
     parts = [f"{len(found)} {verb}" for status, found in by.items() if found for verb in [_verb(status, len(found))]]
+    said = context.run.facts.get("claims", {}).get("verdict")
+    first = visible(said[0], 600) if isinstance(said, list) and said and isinstance(said[0], str) else None
     section.lead = [
+        *([first] if first else []),
         f"Of {count(len(claims), 'claim')} about how {context.model} does {context.behavior}, {listing(parts)}. "
-        "A claim is supported only if its effect beat its null after correction for the number of claims tested."
+        "A claim is supported only if its effect beat its null after correction for the number of claims tested.",
     ]
-    items = [(STATUS[row["status"]], _WORDS[row["status"]], sentence(row)) for row in claims]
+    items = [(STATUS[row["status"]], _WORDS[row["status"]], *sentence(row)) for row in claims]
     section.blocks = [block for block in (tiles, Lines(items=items)) if block.items]
     return section
 
@@ -43,10 +46,10 @@ def _verb(status: str, n: int) -> str:
     }[status]
 
 
-def sentence(row: Row) -> str:
-    """A claim and its numbers as one sentence."""
+def sentence(row: Row) -> tuple[str, str]:
+    """A claim as a sentence, and what was measured, with the reason where there is no verdict."""
     statement = visible(row["statement"] or row["id"] or "(no statement)").rstrip(". ")
-    numbers = [f"effect {estimate(row['effect'], row['lo'], row['hi'])}"] if row["effect"] is not None else []
+    numbers = [f"Effect {estimate(row['effect'], row['lo'], row['hi'])}"] if row["effect"] is not None else []
     if row["null_mean"] is not None:
         numbers.append(f"null {number(row['null_mean'])}")
     p = row["p_adj"] if row["p_adj"] is not None else row["p"]
@@ -54,9 +57,9 @@ def sentence(row: Row) -> str:
         numbers.append(f"{'adjusted p' if row['p_adj'] is not None else 'p'} {p_value(p)}")
     if row["n"] is not None:
         numbers.append(f"n {number(row['n'])}")
+    measured = f"{', '.join(numbers)}." if numbers else "Not measured."
     because = visible(row["why_not"] or "").rstrip(". ")
-    text = f"{statement}: {', '.join(numbers)}." if numbers else f"{statement}."
-    return f"{text} No verdict: {because}." if because else text
+    return f"{statement}.", f"{measured} No verdict: {because}." if because else measured
 
 
 def key_numbers(context: Context) -> Tiles:
@@ -94,7 +97,7 @@ def key_numbers(context: Context) -> Tiles:
             )
     if found := context.run.first("null"):
         observed, p = finite(found.result.facts.get("observed")), finite(found.result.facts.get("p"))
-        values = sorted(row["value"] for row in draw_rows(found.result))
+        values = sorted(row["value"] for row in draw_rows(found.result) if row["kind"] == "edges")
         if observed is not None and values:
             items.append(
                 (
@@ -144,23 +147,20 @@ def ledger(context: Context) -> Section:
     ]
     body = [_line(row) for row in claims]
     table = Table(columns=("", "claim", "effect", "against its null", "null", "p", "adjusted p", "n"), rows=body)
+    commands = list(dict.fromkeys(row["command"] for row in claims if row["command"]))
+    alike = len(commands) <= 1  # one command tests them all
     again = [
-        [
-            cell(row["id"], style="mono"),
-            cell(row["test"], style="mono"),
-            cell(row["seed"]),
-            cell(row["command"] or context.command("verify"), style="mono"),
-        ]
+        [cell(row["id"], style="mono"), cell(row["test"], style="mono"), cell(row["seed"])]
+        + ([] if alike else [cell(row["command"], style="mono")])
+        + [cell(row["params"], style="mono")]
         for row in claims
     ]
     name = next((key for key in found.result.tables if key == "claims"), next(iter(found.result.tables), None))
-    commands = Table(
-        columns=("claim", "test", "seed", "run it again"),
-        rows=again,
-        caption="The command that tests each claim again.",
-    )
+    columns = ("claim", "test", "seed", *(() if alike else ("run it again",)), "parameters")
+    how = Table(columns=columns, rows=again, fold="How each claim was tested")
+    rerun = Note(text="Every claim can be tested again from what is stored:", code=context.command("verify"))
     sources: list[Source] = [source(found, name)] if name else []
-    return Section(id="ledger", title="The ledger", lead=lead, blocks=[table, commands, *sources_block(sources)])
+    return Section(id="ledger", title="The ledger", lead=lead, blocks=[table, rerun, how, *sources_block(sources)])
 
 
 def sources_block(sources: list[Source]) -> list[Any]:

@@ -64,7 +64,7 @@ def test_a_title_holds_the_number_of_its_cell() -> None:
     )
     said = [title for title in titles(inline(result.chart(), name="p", label="p")) if title.startswith("head.17.h3")]
     assert len(said) == 2  # one a direction
-    assert f"{row['effect']:.3f}".rstrip("0") in said[0]
+    assert f"{row['effect']:.2f}".rstrip("0") in said[0]
 
 
 def test_both_directions_share_a_figure_and_a_scale() -> None:

@@ -4,7 +4,18 @@ import math
 
 import pytest
 
-from headwater.report.words import count, duration, listing, middle_95, node_parts, number, p_value, percent, visible
+from headwater.report.words import (
+    count,
+    duration,
+    estimate,
+    listing,
+    middle_95,
+    node_parts,
+    number,
+    p_value,
+    percent,
+    visible,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +59,23 @@ def test_lists_and_counts() -> None:
     assert listing(["a"]) == "a"
     assert listing(["a", "b", "c"]) == "a, b and c"
     assert [count(n, "head") for n in (0, 1, 2)] == ["no heads", "1 head", "2 heads"]
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ((0.7134, 0.6312, 0.7921), "0.71 [0.63, 0.79]"),
+        ((-0.00098, -0.00212, 0.0000309), "−0.001 [−0.002, 0]"),
+        ((1.0082, 0.9991, 1.0163), "1.01 [1, 1.02]"),
+        ((21.34, 20.1, 22.6), "21.3 [20.1, 22.6]"),
+        ((0.5, 0.5, 0.5), "0.5 [0.5, 0.5]"),
+        ((-0.0004, -1.0, 1.0), "0 [−1, 1]"),
+        ((0.2, None, None), "0.2"),
+        ((None, 0.1, 0.2), "–"),
+    ],
+)
+def test_an_estimate_shows_no_more_digits_than_its_interval_can_tell(given: tuple[float, ...], text: str) -> None:
+    assert estimate(*given) == text
 
 
 def test_nothing_invisible_is_left_in_text() -> None:

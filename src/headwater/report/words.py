@@ -65,13 +65,31 @@ def p_value(value: Any) -> str:
 
 
 def interval(lo: Any, hi: Any) -> str:
-    """`[0.61, 0.84]`, or nothing where an end is missing."""
-    return f"[{number(lo)}, {number(hi)}]" if finite(lo) is not None and finite(hi) is not None else ""
+    """`[0.61, 0.84]`, rounded to what the interval's width can tell; nothing where an end is missing."""
+    low, high = finite(lo), finite(hi)
+    if low is None or high is None:
+        return ""
+    return f"[{_rounded(low, low, high)}, {_rounded(high, low, high)}]"
 
 
 def estimate(value: Any, lo: Any = None, hi: Any = None) -> str:
-    """A value and, where there is one, its interval."""
-    return f"{number(value)} {interval(lo, hi)}".strip()
+    """A value and, where there is one, its interval; as many decimals as the interval's width can tell."""
+    found, low, high = finite(value), finite(lo), finite(hi)
+    if found is None or low is None or high is None:
+        return number(value)
+    return f"{_rounded(found, low, high)} {interval(lo, hi)}"
+
+
+def _rounded(value: float, lo: float, hi: float) -> str:
+    """`value` with the decimals of an estimate between `lo` and `hi`: two as a rule, more where they lie closer."""
+    size, width = max(abs(lo), abs(hi)), abs(hi - lo)
+    if size >= 1e6:
+        return number(value)
+    least = 2 if size < 10 else 1 if size < 100 else 0
+    decimals = max(least, min(5, -math.floor(math.log10(width)))) if width > 0 else max(least, 3)
+    text = f"{value:,.{decimals}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text in ("-0", "") else text.replace("-", "−")
 
 
 def duration(seconds: Any) -> str:

@@ -22,13 +22,19 @@ def node_rows(result: Any) -> list[Row]:
     return [row | node_parts(str(row["node"])) for row in found if row["score"] is not None]
 
 
+def color_end(drawn: list[Row]) -> float:
+    """The score at which the map's colours end: the largest of a head, so that one strong MLP pales none."""
+    heads = [abs(row["score"]) for row in drawn if row["sort"] == "head"]
+    return max(heads, default=0.0) or max((abs(row["score"]) for row in drawn), default=0.0)
+
+
 def attribution(result: Any) -> Any:
     """Heads by layer and head, MLPs as a column of their own, one colour scale."""
     found = node_rows(result)
     drawn = [row for row in found if row["sort"] in ("head", "mlp")]
     if not drawn:
         return themed(strongest_nodes(result, finished=False))
-    extreme = max(abs(row["score"]) for row in drawn)
+    extreme = color_end(drawn)
     layers = sorted({row["layer"] for row in drawn})
     heads = sorted((row for row in drawn if row["sort"] == "head"), key=lambda row: (row["layer"], row["head"]))
     mlps = sorted((row for row in drawn if row["sort"] == "mlp"), key=lambda row: row["layer"])

@@ -13,7 +13,7 @@ from headwater.report.charts.patches import (
     peaks,
 )
 from headwater.report.charts.scores import attribution as score_map
-from headwater.report.charts.scores import node_rows, strongest_nodes
+from headwater.report.charts.scores import color_end, node_rows, strongest_nodes
 from headwater.report.gather import Found
 from headwater.report.sections.base import Context, missing
 from headwater.report.words import count, estimate, finite, listing, metric_name, number, percent, strongest, visible
@@ -86,7 +86,7 @@ def _caption(group: list[Panel], found: Found) -> str:
         elif len(group) > 1 and panel.direction in DIRECTIONS:
             how = f", {DIRECTIONS[panel.direction]}"
         parts.append(f"Strongest{how}: {best}.")
-        if panel.by == "position" and (path := handover(panel.rows)):
+        if panel.by == "position" and panel.kind.startswith("resid") and (path := handover(panel.rows)):
             parts.append(path)
     clean, corrupt = finite(found.result.facts.get("clean")), finite(found.result.facts.get("corrupt"))
     if clean is not None and corrupt is not None:
@@ -151,10 +151,7 @@ def attribution(context: Context) -> Section | None:
                 item,
                 lambda item=item: score_map(item.result),
                 title=f"Score of every head and MLP ({visible(method, 40)})",
-                caption=(
-                    "Blue raises the metric on the way from corrupt to clean, orange lowers it. Scores "
-                    "are estimates; the claims test them by intervention."
-                ),
+                caption=_score_caption(nodes),
                 tables=["nodes"],
             )
         )
@@ -168,3 +165,12 @@ def attribution(context: Context) -> Section | None:
             )
         )
     return section
+
+
+def _score_caption(nodes: list[Row]) -> str:
+    text = "Blue raises the metric on the way from corrupt to clean, orange lowers it."
+    drawn = [row for row in nodes if row["sort"] in ("head", "mlp")]
+    end = color_end(drawn)
+    if beyond := [row for row in drawn if abs(row["score"]) > end]:
+        text += f" Colours end at ±{number(end)}, the strongest head; {listing(map(_node, beyond))} lies beyond."
+    return f"{text} Scores are estimates; the claims test them by intervention."

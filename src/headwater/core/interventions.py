@@ -46,6 +46,12 @@ class Intervention:
     is."""
     _by_site: dict[str, Any] | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        if self.positions is not None and self.site.pos is not None:
+            raise InterventionError(
+                f"{self.site} has a position, and positions={self.positions!r} gives another", fix="Give one of them"
+            )
+
     def at(self, site: Site) -> Intervention:
         """This intervention for one of the sites that its pattern means."""
         value = self._by_site[str(site.whole)] if self._by_site is not None else self.value
@@ -79,6 +85,12 @@ class Intervention:
             return x.clamp(self.low, self.high)
         if self.op == "clamp":
             direction = like(self.value)
+            if direction.shape != x.shape[-1:]:
+                raise InterventionError(
+                    f"{self}: the direction does not fit the place",
+                    got=f"shape {list(direction.shape)}",
+                    wanted=f"width {x.shape[-1]}",
+                )
             direction = direction / direction.norm()
             along = x @ direction
             return x + (along.clamp(self.low, self.high) - along)[..., None] * direction
@@ -136,8 +148,6 @@ def _from_run(site: Site, source: Run | Any, positions: Any) -> tuple[Any, bool]
     """
     if not hasattr(source, "captured"):
         return source, False
-    if positions is not None and site.pos is not None:
-        raise InterventionError(f"{site} has a position, and positions= gives another", fix="Give one of them")
     named = site.pos is not None and isinstance(parse_position(site.pos), str) and site not in source
     if positions is None and not named:
         return source[site], False
@@ -212,6 +222,8 @@ def clamp(
     """Keep a site's values, or their component along one direction, within [low, high]."""
     if low is None and high is None:
         raise InterventionError("clamp needs a bound", wanted="low=, high= or both")
+    if low is not None and high is not None and low > high:
+        raise InterventionError("clamp has low above high", got=f"low={low}, high={high}")
     return Intervention(site=_site(site), op="clamp", value=direction, low=low, high=high, positions=positions)
 
 

@@ -97,6 +97,7 @@ class Model:
         self._active: list[Session] = []
         self._lock = threading.RLock()
         self._fingerprint: tuple[Any, str] | None = None
+        self._resolved: dict[tuple[Site, int], tuple[Site, ...]] = {}
         self._takes = set(inspect.signature(hf.forward).parameters)
         check_sites(self)
 
@@ -185,6 +186,13 @@ class Model:
         """The concrete sites that a site or pattern means in this model, with head, expert and position kept. Raises if
         there is none."""
         wanted = Site.parse(pattern)
+        # What a pattern means changes only while the model is checked at load, and sites are refused.
+        key = (wanted, len(self.anatomy.refused))
+        if key not in self._resolved:
+            self._resolved[key] = tuple(self._resolve(wanted))
+        return list(self._resolved[key])
+
+    def _resolve(self, wanted: Site) -> list[Site]:
         main = self.anatomy.main.prefix
         if not wanted.stack and main and wanted.kind != "logits":
             # An unprefixed site of a model with several stacks is one of its main stack.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +25,7 @@ from headwater.core.sites import Site
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 _INSIDE = ("q", "k", "v", "scores", "pattern", "z")
+_NOTHING: frozenset[str] = frozenset()
 
 
 class Stopped(Exception):
@@ -78,6 +79,9 @@ class Session:
             self._reads[self._key(site)].append(site)
         for intervention in self.interventions:
             self._edits[self._key(intervention.site)].append(intervention)
+        self._kinds: dict[tuple[str, int | None], set[str]] = defaultdict(set)
+        for prefix, layer, kind in (*self._reads, *self._edits):
+            self._kinds[prefix, layer].add(kind)
         self._here: dict[str, _Here] = defaultdict(_Here)
         self._rows = self.window.rows
 
@@ -100,7 +104,7 @@ class Session:
             self._attention: dict[nn.Module, Any] = {}
             self._methods: dict[nn.Module, str] = {}
             self._experts: dict[nn.Module, Edit] = {}
-            needed = {(stack, layer) for stack, layer, _ in (*self._reads, *self._edits)}
+            needed = self._kinds
             undo.callback(self.hf.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True).remove)
             for prefix, stack in self.anatomy.stacks.items():
                 for block in stack.blocks:
@@ -111,7 +115,7 @@ class Session:
                 undo.callback(self.hf.register_forward_hook(self._logits).remove)
             if self._attention:
                 plain = {m: h for m, h in self._attention.items() if m not in self._methods}
-                undo.enter_context(attention_session(plain, attention_names(self.hf)))
+                undo.enter_context(attention_session(plain, _attention_names(self.hf, self._attention)))
                 own = {m: h for m, h in self._attention.items() if m in self._methods}
                 undo.enter_context(method_session(own, self._methods))
             if self._experts:
@@ -144,7 +148,7 @@ class Session:
                 self.window.n_prompts = self.window.prompt_length = None
 
     def _wants(self, prefix: str, layer: int | None, *kinds: str) -> bool:
-        return any((prefix, layer, kind) in table for kind in kinds for table in (self._reads, self._edits))
+        return not self._kinds.get((prefix, layer), _NOTHING).isdisjoint(kinds)
 
     def _install_block(self, prefix: str, stack: Stack, block: Block) -> None:
         layer = block.index
@@ -162,7 +166,10 @@ class Session:
             here.shape, here.stream, here.z = (x.shape[0], x.shape[1]), x if edits_mid else None, None
             return x
 
-        self._hook(prefix, block.input, enter)
+        embeds = layer == 0 and (self.leaf or self._wants(prefix, None, "embed"))
+        inside = wants("resid_pre", "resid_mid", "head", "cross_head", "neurons")
+        if embeds or inside or block.flat:
+            self._hook(prefix, block.input, enter)
         if block.attention is not None:
             self._install_attention(prefix, block, block.attention, "")
         if block.cross is not None:
@@ -171,7 +178,7 @@ class Session:
                 self._hook(prefix, block.cross_mid, functools.partial(self._remember_stream, prefix))
         if block.mid is not None and wants("resid_mid"):
             if block.order == "post_norm":
-                self._hook(prefix, block.mid, functools.partial(self._pass, prefix, layer, "resid_mid"))
+                self._hook(prefix, block.mid, self._passing(prefix, layer, "resid_mid"))
             else:
                 # Kept as it is, flat or not: the residual goes around the norm with this very tensor.
                 self._hook(
@@ -179,33 +186,33 @@ class Session:
                 )
         if block.mlp is not None:
             if wants("mlp_in"):
-                self._hook(prefix, block.mlp.entry, functools.partial(self._pass, prefix, layer, "mlp_in"))
+                self._hook(prefix, block.mlp.entry, self._passing(prefix, layer, "mlp_in"))
             if wants("neurons"):
                 self._install_neurons(prefix, block)
             if wants("mlp_out"):
                 self._hook(prefix, block.mlp.write.port, self._scaled(prefix, layer, "mlp_out", block.mlp.write.scale))
         if block.mixer is not None:
             if wants("mixer_in"):
-                self._hook(prefix, block.mixer.entry, functools.partial(self._pass, prefix, layer, "mixer_in"))
+                self._hook(prefix, block.mixer.entry, self._passing(prefix, layer, "mixer_in"))
             if wants("mixer_out"):
                 self._hook(
                     prefix, block.mixer.write.port, self._scaled(prefix, layer, "mixer_out", block.mixer.write.scale)
                 )
-        if wants("resid_post") or self.stop == (prefix, layer):
+        if self.stop == (prefix, layer):
 
             def leave(x: torch.Tensor) -> torch.Tensor:
-                x = self._pass(prefix, layer, "resid_post", x)
-                if self.stop == (prefix, layer):
-                    raise Stopped
-                return x
+                self._pass(prefix, layer, "resid_post", x)
+                raise Stopped
 
             self._hook(prefix, block.output, leave)
+        elif wants("resid_post"):
+            self._hook(prefix, block.output, self._passing(prefix, layer, "resid_post"))
 
     def _install_attention(self, prefix: str, block: Block, part: Attention, cross: str) -> None:
         layer = block.index
         wants = functools.partial(self._wants, prefix, layer)
         if wants(f"{cross}attn_in"):
-            self._hook(prefix, part.entry, functools.partial(self._pass, prefix, layer, f"{cross}attn_in"))
+            self._hook(prefix, part.entry, self._passing(prefix, layer, f"{cross}attn_in"))
         if wants(*(cross + kind for kind in _INSIDE)):
             self._attention[part.module] = functools.partial(self._attend, prefix, layer, part, cross)
             if part.method:
@@ -246,14 +253,14 @@ class Session:
 
             self._experts[mlp.experts] = edit
         elif mlp.neurons is not None:
-            self._hook(prefix, mlp.neurons, functools.partial(self._pass, prefix, layer, "neurons"))
+            self._hook(prefix, mlp.neurons, self._passing(prefix, layer, "neurons"))
 
     # --- what passes --------------------------------------------------------------------------------------------------
 
     def _scaled(self, prefix: str, layer: int, kind: str, scale: float) -> Edit:
         """Read and edit what is added to the stream (scale * x), where x is what the module gives."""
         if scale == 1.0:
-            return functools.partial(self._pass, prefix, layer, kind)
+            return self._passing(prefix, layer, kind)
 
         def passing(x: torch.Tensor) -> torch.Tensor:
             added = scale * x
@@ -265,6 +272,22 @@ class Session:
             return x if edited is added else x + (edited - added) / scale
 
         return passing
+
+    def _passing(self, prefix: str, layer: int, kind: str) -> Edit:
+        """`_pass` for one place, ready to be called: where whole sites are only read, no more than keeping them."""
+        key = (prefix, layer, kind)
+        sites = self._reads.get(key, ())
+        parts = any(s.head is not None or s.expert is not None or s.pos is not None for s in sites)
+        if parts or self.grad or key in self._edits:
+            return functools.partial(self._pass, prefix, layer, kind)
+        names, kept = [str(site) for site in sites], self.kept
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            for name in names:
+                kept[name] = Kept(x)
+            return x
+
+        return keep
 
     def _pass(self, prefix: str, layer: int | None, kind: str, x: torch.Tensor) -> torch.Tensor:
         x = self._edit(prefix, layer, kind, x)
@@ -554,3 +577,14 @@ def _argument(port: Port, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int 
     if args:
         return 0
     raise SiteError(f"{port} was not given in this call")
+
+
+def _attention_names(hf: nn.Module, modules: Iterable[nn.Module]) -> set[str]:
+    """The attention implementations that these modules will ask for; the whole model's, where one has no config."""
+    names: set[str] = set()
+    for module in modules:
+        name = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if not isinstance(name, str):
+            return attention_names(hf)
+        names.add(name)
+    return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 from headwater.core.errors import SiteError, did_you_mean
 
@@ -67,10 +68,11 @@ class Site:
     def parse(text: str | Site) -> Site:
         """Read a site's text form, a TransformerLens hook name or a circuit node name (`input`, `a5.h3`, `m5`,
         `logits`)."""
-        if isinstance(text, Site):
-            return text
-        alias = _alias(text)
-        match = _TEXT.match(alias)
+        return text if isinstance(text, Site) else _parse(text)
+
+    @staticmethod
+    def _read(text: str) -> Site:
+        match = _TEXT.match(_alias(text))
         if not match:
             raise SiteError(
                 f"cannot read the site {text!r}",
@@ -126,12 +128,19 @@ class Site:
         return all(_glob(wanted, have) for wanted, have in pairs)
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         text = f"{self.stack}/" if self.stack else ""
         text += self.kind
         text += f".{self.layer}" if self.layer is not None else ""
         text += f".h{self.head}" if self.head is not None else ""
         text += f".e{self.expert}" if self.expert is not None else ""
         return text + (f"@{self.pos}" if self.pos is not None else "")
+
+
+_parse = lru_cache(maxsize=4096)(Site._read)  # pyright: ignore[reportPrivateUsage]
 
 
 def _number(text: str | None) -> int | str | None:

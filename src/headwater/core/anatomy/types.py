@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import nn
+
+from headwater.core.errors import ModelError
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,15 @@ class Block:
     cross_mid: Port | None = None
     """The stream before cross-attention."""
 
+    @cached_property
+    def flat(self) -> bool:
+        """Whether any port of this block that a site may be read at is flat."""
+        ports = [self.input, self.output, self.mid, self.cross_mid]
+        for part in (self.attention, self.cross, self.mlp, self.mixer):
+            ports += [part.entry, part.write.port] if part else []
+        ports += [self.mlp.neurons] if self.mlp else []
+        return any(port is not None and port.flat for port in ports)
+
 
 @dataclass(frozen=True, eq=False)
 class Stack:
@@ -148,9 +160,20 @@ class Anatomy:
         return {kind: yes and slash + kind not in self.refused for kind, yes in has.items()}
 
 
+def _offloaded(module: nn.Module) -> torch.Tensor:
+    hook = getattr(module, "_hf_hook", None)
+    for one in (hook, *getattr(hook, "hooks", ())):
+        if getattr(one, "weights_map", None) is not None:
+            return one.weights_map["weight"].to(one.execution_device)  # type: ignore[union-attr]
+    raise ModelError(f"a weight of {type(module).__name__} is not in memory", fix="Load the model onto a device")
+
+
 def linear_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear module as [out, in], whichever way it is stored."""
+    """The weight of a linear module as [out, in], whichever way it is stored, and also where accelerate holds it elsewhere
+    while the module does not run."""
     weight = module.weight
+    if isinstance(weight, torch.Tensor) and weight.device.type == "meta":
+        weight = _offloaded(module)
     if type(module).__name__ == "Conv1D":
         weight = weight.T
     return weight  # type: ignore[return-value]

@@ -121,10 +121,21 @@ def trace(hf: nn.Module, inputs: dict[str, Any]) -> Trace:
     return found
 
 
+def device_of(hf: Any) -> torch.device:
+    """Where inputs go: the first weight's device, or, where accelerate holds weights elsewhere, the one it computes
+    on."""
+    device = next((p.device for p in hf.parameters() if p.device.type != "meta"), None)
+    for module in hf.modules() if device is None else ():
+        told = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if told is not None:
+            return torch.device(told)
+    return torch.device("cpu") if device is None else device
+
+
 def probe_inputs(hf: Any, length: int = 5) -> dict[str, Any]:
     """A tiny input that any model of the library takes: seeded token ids, speech features or pixels."""
     config = hf.config
-    device = next(hf.parameters()).device
+    device = device_of(hf)
     dtype = next(p.dtype for p in hf.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
     text = getattr(config, "text_config", config)

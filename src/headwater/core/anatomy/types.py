@@ -169,8 +169,8 @@ def _offloaded(module: nn.Module) -> torch.Tensor:
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor:
-    """The weight of a linear module as [out, in], whichever way it is stored, and also where accelerate holds it elsewhere
-    while the module does not run."""
+    """The weight of a linear module as [out, in], whichever way it is stored, and also where accelerate holds it
+    elsewhere while the module does not run."""
     weight = module.weight
     if isinstance(weight, torch.Tensor) and weight.device.type == "meta":
         weight = _offloaded(module)

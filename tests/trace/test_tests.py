@@ -115,13 +115,13 @@ def test_a_role_needs_both_attention_and_effect(context, tiny_model, planted):
     wrong = run_test("heads_play_role", context, {**params, "role": "previous_token", "heads": worst}, seed=4)
     assert wrong.p is not None and wrong.p > 0.2
     with pytest.raises(ClaimError, match="no test prompt"):
-        lacking = Context(context, behavior=hw.behavior("agreement", n=12, seed=0))
+        lacking = Context(context, sides={}, behavior=hw.behavior("agreement", n=12, seed=0))
         run_test("heads_play_role", lacking, {**params, "role": "s_inhibition"})
 
 
 def test_without_a_behavior_nothing_is_said_about_shares_of_it(context, planted):
     swapped = planted.frame.with_columns(answers=pl.col("foils"), foils=pl.col("answers"))
-    lacking = Context(context, behavior=Behavior(swapped, name="swapped"))
+    lacking = Context(context, sides={}, behavior=Behavior(swapped, name="swapped"))
     for test, params in {
         "circuit_sufficient": {**ON, "threshold": 0.5},
         "circuit_necessary": {**ON, "draws": 1},

@@ -25,7 +25,8 @@ SMALL = {
     "circuit": {"n_choose": 4, "n_test": 8, "fractions": [0.1, 0.3, 1.0]},
     "heads": {"least": 0.02, "top": 1, "sequences": 2, "length": 5, "null_heads": 2, "n_train": 6, "n_test": 8},
     "claims": {
-        "n_test": 8, "null_circuits": 4, "n_null": 6, "random_sets": 2, "n_heads_test": 8, "random_models": 1,
+        "n_test": 8, "null_circuits": 4, "n_null": 6, "random_sets": 2, "random_groups": 2,
+        "n_heads_test": 8, "random_models": 1,
         "n_random_models": 4,
     },
     "act": {"n": 4, "n_train": 12, "n_search": 4, "others": ["agreement"], "n_others": 4, "texts": 1, "text_tokens": 8,

@@ -2,9 +2,9 @@
 
 A role names a place that a head attends to. `previous_token`, `duplicate_token` and `induction` are found on repeated
 random tokens, where nothing but the pattern of repetition can be attended to (Elhage et al., 2021; Olsson et al.,
-2022); `name_mover`, `negative_mover` and `s_inhibition` on the behavior's own positions (Wang et al., 2022), ranked by
-attention times what the head does for the metric. What a head is worth is measured by patching its output with its
-mean.
+2022), and must attend so in the behavior's prompts too; movers, `subject_suppressor` and `s_inhibition` are found on
+the behavior's own positions (Wang et al., 2022), ranked by attention times what the head does for the metric: directly,
+or (`s_inhibition`) through later heads. What a head is worth is measured by patching its output with its mean.
 
 Shapes: B pairs, T tokens, L layers, H heads, K width of a head, D width of the stream.
 """
@@ -37,7 +37,8 @@ ROLES: dict[str, str] = {
     "induction": "attends to the token after an earlier occurrence of the same token",
     "name_mover": "attends from the end to the answer and raises its logit directly",
     "negative_mover": "attends from the end to the answer and lowers its logit directly",
-    "s_inhibition": "attends from the end to the second mention of the subject",
+    "subject_suppressor": "attends from the end to the second mention of the subject and lowers its logit directly",
+    "s_inhibition": "attends from the end to the second mention of the subject and acts through later heads",
 }
 _ON_RANDOM = ("previous_token", "duplicate_token", "induction")
 _SCHEMA: dict[str, Any] = {
@@ -60,9 +61,9 @@ class HeadsConfig:
     least: float = 0.2
     sequences: int = 12
     length: int = 20
-    null_heads: int = 8
-    n_train: int = 40
-    n_test: int = 40
+    null_heads: int = 6
+    n_train: int = 32
+    n_test: int = 32
     metric: str = "logit_diff"
     roles: tuple[str, ...] = tuple(ROLES)
     seed: int = 0
@@ -110,9 +111,9 @@ def heads(
 ) -> HeadsResult:
     """Which heads of a model have which role in a behavior.
 
-    scores: how much each head matters (an attribution on the train pairs), which ranks heads of a role among those that
-    attend to its place; without it the direct effect ranks movers and attention alone the others. Options are fields of
-    `HeadsConfig`. Raises MethodError for unknown roles or options.
+    scores: how much of the metric's change from counterfactual to prompt each head carries (an attribution on the
+    train pairs); it ranks heads of the roles that act through others among those that attend to the place. Without it
+    attention alone ranks them. Options are fields of `HeadsConfig`. Raises MethodError for unknown roles or options.
     """
     config = _configured(config, options)
     train = _pairs(behavior, "train", config.n_train, model)
@@ -122,7 +123,14 @@ def heads(
     on_test = attention_to_places(model, test, config.roles)
     direct = direct_effects(model, train, metric=config.metric)
     means = mean_outputs(model, train)
-    chosen = _choose(random, on_train, direct, scores, config)
+    through_others = None
+    if scores is not None:
+        every = [
+            [float(scores.get((layer, head), 0.0)) for head in range(model.n_heads)] for layer in range(model.n_layers)
+        ]
+        told_directly = direct - direct_effects(model, train, metric=config.metric, side="corrupt")
+        through_others = (torch.tensor(every, dtype=torch.float64) - told_directly).abs()
+    chosen = _choose(random, on_train, direct, through_others, config)
 
     clean = metric_values(model, test, metric=config.metric)
     corrupt = metric_values(model, test, metric=config.metric, side="corrupt")
@@ -223,7 +231,7 @@ def _place(role: str, group: "Group") -> Tensor:
         answers = (ids[:, :, None] == group.answers.clamp(min=0)[:, None, :]) & (group.answers >= 0)[:, None, :]
         weight[:, -1] = answers.any(dim=-1).float()
         weight[:, -1, -1] = 0.0
-    elif role == "s_inhibition" and "S2" in named:
+    elif role in ("subject_suppressor", "s_inhibition") and "S2" in named:
         weight[rows, -1, named["S2"]] = 1.0
     readers = (weight.sum(dim=2) > 0).sum(dim=1).clamp(min=1)
     return weight / readers[:, None, None]
@@ -238,17 +246,18 @@ def _patterns(model: "Model", ids: Tensor) -> Tensor:
 # --- what heads write
 
 
-def direct_effects(model: "Model", pairs: "Bound", *, metric: str = "logit_diff") -> Tensor:
+def direct_effects(model: "Model", pairs: "Bound", *, metric: str = "logit_diff", side: str = "clean") -> Tensor:
     """[L, H]: mean over pairs of a head's write at the last position along the metric's gradient at the final stream.
 
-    To first order, how far the metric moves when only the unembedding sees the head. Units of the metric.
+    To first order, how far the metric moves when only the unembedding sees the head. Units of the metric. `side` says
+    whose write, the prompt's or the counterfactual's (`corrupt`); the gradient is always the prompt's.
     """
     score = metric_named(metric)
     total = torch.zeros(model.n_layers, model.n_heads, dtype=torch.float64)
     last = f"resid_post.{model.n_layers - 1}"
     writes = [f"head.{layer}.h{head}@-1" for layer in range(model.n_layers) for head in range(model.n_heads)]
     for group in pairs.groups:
-        run = model.run(group.clean, capture=writes, logits="none")
+        run = model.run(group.clean if side == "clean" else group.corrupt, capture=writes, logits="none")
         recorded = model.run(group.clean, capture=[last], logits="last", grad=True)
         value = score(recorded.logits, group.answers.to(recorded.logits.device), group.foils.to(recorded.logits.device))
         gradient = recorded.grads(value.sum(), [last])[last][:, -1]
@@ -317,30 +326,30 @@ def _choose(
     random: Mapping[str, Tensor],
     on_train: Mapping[str, Tensor | None],
     direct: Tensor,
-    scores: Mapping[Head, float] | None,
+    through_others: Tensor | None,
     config: HeadsConfig,
 ) -> dict[str, list[Head]]:
     """The heads of each role, strongest first, from train pairs and random tokens alone."""
-    n_heads = direct.shape[1]
-    matters = torch.ones_like(direct)
-    if scores is not None:
-        for (layer, head), score in scores.items():
-            matters[layer, head] = abs(score)
+    matters = torch.ones_like(direct) if through_others is None else through_others.to(direct)
+    weights = {
+        "previous_token": torch.ones_like(
+            direct
+        ),  # they act where a counterfactual may not differ yet: no score sees it
+        "name_mover": direct.clamp(min=0),
+        "negative_mover": (-direct).clamp(min=0),
+        "subject_suppressor": direct.clamp(min=0),
+    }
     found: dict[str, list[Head]] = {}
     for role in config.roles:
         places = on_train.get(role)
-        if role in _ON_RANDOM:
-            attention = random[role]
-            rank = attention
-        elif places is None:
+        if places is None and role not in _ON_RANDOM:
             continue
-        else:
-            attention = places.nanmean(dim=0)
-            weight = {"name_mover": direct.clamp(min=0), "negative_mover": (-direct).clamp(min=0)}.get(role, matters)
-            rank = attention * weight
-        order = rank.masked_fill(attention < config.least, 0.0).flatten()
-        best = torch.argsort(order, descending=True, stable=True)[: config.top].tolist()
-        found[role] = [divmod(at, n_heads) for at in best if float(order[at]) > 0]
+        attention = random[role] if places is None else places.nanmean(dim=0)
+        if places is not None and role in _ON_RANDOM:
+            attention = torch.minimum(attention, random[role])
+        rank = (attention * weights.get(role, matters)).masked_fill(attention < config.least, 0.0).flatten()
+        best = torch.argsort(rank, descending=True, stable=True)[: config.top].tolist()
+        found[role] = [divmod(at, direct.shape[1]) for at in best if float(rank[at]) > 0]
     return found
 
 

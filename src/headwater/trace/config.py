@@ -87,9 +87,9 @@ class HeadsSettings(Settings):
     least: float = Field(default=0.2, ge=0, le=1)
     sequences: int = Field(default=12, ge=1)
     length: int = Field(default=20, ge=4)
-    null_heads: int = Field(default=8, ge=1)
-    n_train: int = Field(default=40, ge=1)
-    n_test: int = Field(default=40, ge=1)
+    null_heads: int = Field(default=6, ge=1)
+    n_train: int = Field(default=32, ge=1)
+    n_test: int = Field(default=32, ge=1)
 
 
 class ClaimsSettings(Settings):
@@ -103,8 +103,10 @@ class ClaimsSettings(Settings):
     n_null: int = Field(default=16, ge=1)
     """Test pairs on which the null circuits are run."""
     random_sets: int = Field(default=8, ge=1)
-    """Random sets of edges or heads that a knock-out is compared with."""
-    n_heads_test: int = Field(default=40, ge=1)
+    """Random sets of edges whose knock-out that of the circuit is compared with."""
+    random_groups: int = Field(default=4, ge=1)
+    """Random groups of heads that a group of heads is compared with."""
+    n_heads_test: int = Field(default=32, ge=1)
     random_models: int = Field(default=3, ge=1)
     n_random_models: int = Field(default=16, ge=2)
 

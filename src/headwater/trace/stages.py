@@ -309,7 +309,7 @@ def _role_claim(work: Work, role: str, words: str) -> Claim:
         who, it = f"{', '.join(names[:-1])} and {names[-1]} are {what} heads: each", "they are replaced by their mean"
     params = {
         "n": settings.n_heads_test, "metric": work.behavior.metric, "role": role,
-        "heads": [list(head) for head in group], "draws": settings.random_sets,
+        "heads": [list(head) for head in group], "draws": settings.random_groups,
     }  # fmt: skip
     return Claim(
         id=f"role-{role.replace('_', '-')}",

@@ -224,7 +224,7 @@ def heads_play_role(
     p_attention = p_from_draws(attention, by_chance)
 
     means = found.tensors["means"]
-    clean, corrupt = _metric(model, pairs, metric), _metric(model, pairs, metric, side="corrupt")
+    clean, corrupt = _both_sides(context, n, metric)
     whole = clean - corrupt
     random = [
         [divmod(int(at), n_heads) for at in draw] for draw in matched_sets(layers, chosen, draws, seed=seed, apart=True)
@@ -247,6 +247,15 @@ def heads_play_role(
             "p_effect": p_effect, "heads": [list(head) for head in group],
         },
     )  # fmt: skip
+
+
+def _both_sides(context: Context, n: int, metric: str) -> tuple[Tensor, Tensor]:
+    """The metric on the first `n` test pairs and on their counterfactuals, run once for all claims of one context."""
+    known: dict[Any, tuple[Tensor, Tensor]] = context.setdefault("sides", {})
+    if (n, metric) not in known:
+        model, pairs = context["model"], judged(context, n).bind(context["model"])
+        known[n, metric] = _metric(model, pairs, metric), _metric(model, pairs, metric, side="corrupt")
+    return known[n, metric]
 
 
 def _metric(model: Any, pairs: Any, name: str, *, side: str = "clean") -> Tensor:

@@ -189,7 +189,7 @@ def effect(
         "goals": {one.name: str(one.goal) for one in actions},
         "measures": {one.name: bench.judged(one.goal) for one in actions},
         "costs": [_cost(model, one) for one in [*actions, *baselines]],
-        "actions": [one.config for one in actions],
+        "actions": [{"name": one.name, **one.config} for one in [*actions, *baselines]],
         "dropped": {one.behavior.name: one.reasons for one in [bench.bound, *bench.others] if one.reasons},
     }
     spent = time.perf_counter() - started

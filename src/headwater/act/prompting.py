@@ -55,13 +55,21 @@ def prompt(
     tried = [_score(model, against, prefix, wanted, name) for prefix in candidates]
     best = candidates[int(np.argmax(tried))]
     return Action(
-        name=f"prompt: {best.strip()}",
+        name=f"prompt {'toward ' if wanted.direction == 'toward' else 'to '}{wanted}: {_told(best)}",
         prefix=best,
         goal=wanted,
         passes=len(candidates) * len(judged),
         config={"action": "prompt", "prefix": best, "goal": str(wanted), "seed": seed},
         sweep=pl.DataFrame({"prefix": candidates, "score": tried}, schema={"prefix": pl.String, "score": pl.Float64}),
     )
+
+
+def _told(prefix: str) -> str:
+    """What a prefix is, in a few words; the text itself stands in the action's config."""
+    if any(prefix in some for some in INSTRUCTIONS.values()):
+        return prefix.strip()
+    shots = prefix.count("\n")
+    return f"{shots} example{'' if shots == 1 else 's'}"
 
 
 def _score(model: "Model", bound: "Bound", prefix: str, goal: Goal, name: str) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from headwater.core.anatomy import Anatomy, Stack, evaluating, find_anatomy
+from headwater.core.anatomy import Anatomy, Stack, device_of, evaluating, find_anatomy
 from headwater.core.anatomy.check import check_sites
 from headwater.core.errors import InterventionError, ModelError, SiteError, did_you_mean
 from headwater.core.interventions import Intervention
@@ -105,7 +105,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
+        return device_of(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:

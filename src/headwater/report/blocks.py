@@ -29,6 +29,8 @@ class Cell:
     style: str = ""
     svg: str = ""
     title: str = ""
+    below: str = ""
+    """Small print on a second line."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,12 @@ def metric_name(name: Any) -> str:
     return visible(" ".join(_METRICS.get(word, word.replace("_", " ")) for word in words), 80)
 
 
+def role_name(role: Any) -> str:
+    """A head's role as one says it."""
+    text = "no role" if role in (None, "") else str(role).replace("_", " ")
+    return visible(re.sub(r"^s inhibition$", "S-inhibition", text), 60)
+
+
 def p_value(value: Any) -> str:
     """A p-value; below one in a thousand only that it is."""
     found = finite(value)
@@ -86,7 +92,8 @@ def _rounded(value: float, lo: float, hi: float) -> str:
     if size >= 1e6:
         return number(value)
     least = 2 if size < 10 else 1 if size < 100 else 0
-    decimals = max(least, min(5, -math.floor(math.log10(width)))) if width > 0 else max(least, 3)
+    # two digits of the width
+    decimals = max(least, min(6, math.ceil(-math.log10(width)) + 1)) if width > 0 else max(least, 3)
     text = f"{value:,.{decimals}f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text in ("-0", "") else text.replace("-", "−")

@@ -148,7 +148,7 @@ def null(result: Any) -> Any:
     observed = finite(result.facts.get("observed"))
     stacked: list[Row] = []
     every = [row["value"] for row in found] + ([observed] if observed is not None else [])
-    width = (max(every) - min(every)) / 80 or 1.0
+    width = max((max(every) - min(every)) / 80, 1e-3)
     for kind in dict.fromkeys(row["kind"] for row in found):
         bins: dict[int, int] = {}
         for row in (row for row in found if row["kind"] == kind):

@@ -7,7 +7,7 @@ import altair as alt
 from headwater.report.charts.behaviors import without_legend
 from headwater.report.charts.parts import Row, intervals, nothing, rows, themed
 from headwater.report.theme import CATEGORIES, color
-from headwater.report.words import estimate, metric_name, number, p_value, visible
+from headwater.report.words import estimate, metric_name, number, p_value, role_name, visible
 
 STATUS = {"supported": "good", "refuted": "bad", "inconclusive": "open"}
 
@@ -27,7 +27,7 @@ def heads(result: Any) -> Any:
     shown = [
         {
             "label": f"a{row['layer']}.h{row['head']}",
-            "group": visible(str(row["role"] or "no role").replace("_", " "), 40),
+            "group": role_name(row["role"]),
             "hue": str(row["role"] or "no role"),
             "value": row[measure],
             "lo": row["lo"] if measure == "effect" else None,
@@ -55,7 +55,8 @@ def effect(result: Any) -> Any:
     found = [row for row in found if row["change"] is not None]
     if not found:
         return themed(nothing("no effect was measured"))
-    order = list(dict.fromkeys(row["measure"] for row in found))
+    order = distinct_measures(found)
+    found = [row for row in found if str(row["measure"]) in order]
     shown = [
         {
             "label": visible(row["action"], 40),
@@ -68,10 +69,21 @@ def effect(result: Any) -> Any:
             "tip": f"{row['action']}, {row['measure']}: {estimate(row['change'], row['lo'], row['hi'])} "
             f"(from {number(row['before'])} to {number(row['after'])}), n {number(row['n'])}",
         }
-        for row in sorted(found, key=lambda row: order.index(row["measure"]))
+        for row in sorted(found, key=lambda row: order.index(str(row["measure"])))
     ]
     hues = {"action": color("pos"), "baseline": color("null")}
     return themed(intervals(shown, x=None, hues=hues, grouped=True, independent=True))
+
+
+def distinct_measures(found: list[Row]) -> list[str]:
+    """The measures in their order, without those that came out the same as an earlier one for every action."""
+    values: dict[str, list[tuple[Any, Any]]] = {}
+    for row in found:
+        values.setdefault(str(row["measure"]), []).append((row["action"], row["change"]))
+    first: dict[frozenset[tuple[Any, Any]], str] = {}
+    for measure, changes in values.items():
+        first.setdefault(frozenset(changes), measure)
+    return list(first.values())
 
 
 def change(row: Row) -> float | None:

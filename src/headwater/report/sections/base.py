@@ -105,7 +105,9 @@ class Context:
 
     def role_tokens(self) -> dict[str, str]:
         """Roles to palette names, as in the chart of the roles."""
-        return {role: f"c{i % 8}" for i, role in enumerate(role_hues(list(self.roles().values())))}
+        found = self.run.first("heads")
+        table = rows(found.result.tables.get("roles"), "role") if found else []
+        return {role: f"c{i % 8}" for i, role in enumerate(role_hues([str(row["role"] or "no role") for row in table]))}
 
     # --- figures
 

@@ -19,6 +19,7 @@ from headwater.report.words import (
     number,
     p_value,
     percent,
+    role_name,
     strongest,
 )
 
@@ -69,7 +70,7 @@ def circuit(context: Context) -> Section:
             title="The circuit, from input to logits",
             caption=caption,
             tables=["edges", "nodes"],
-            legend=[(token, role.replace("_", " ")) for role, token in hues.items() if role in used],
+            legend=[(token, role_name(role)) for role, token in hues.items() if role in used],
             code="from headwater.report.charts import as_svg\nopen('circuit.svg', 'w').write(as_svg(found))",
         )
     )
@@ -180,12 +181,11 @@ def _null(context: Context, item: Found) -> Any:
     for kind in kinds:
         values = sorted(row["value"] for row in draws if str(row["kind"]) == kind)
         parts.append(
-            f"{NULLS.get(kind, kind.replace('_', ' '))} reach {number(values[len(values) // 2])} in "
-            f"the middle and {number(values[-1])} at best ({len(values)} draws)"
+            f"{NULLS.get(kind, kind.replace('_', ' '))}: median {number(values[len(values) // 2])}, "
+            f"at most {number(values[-1])} ({count(len(values), 'draw')})"
         )
-    text = f"{parts[0][:1].upper()}{listing(parts)[1:]}. " if parts else ""
-    if observed is not None:
-        text += f"The circuit: {number(observed)}" + (f", p {p_value(p)}." if p is not None else ".")
+    text = f"The circuit reaches {number(observed)}" + (f" (p {p_value(p)})" if p is not None else "")
+    text = f"{text}; {'; '.join(parts)}." if observed is not None else f"{'; '.join(parts)}."
     return context.figure(
         item, lambda: null(item.result), title="The circuit against its null", caption=text, tables=["draws"]
     )

@@ -4,32 +4,32 @@ from headwater.report.blocks import Cell, Section, Table, cell
 from headwater.report.charts.claims import heads as chart
 from headwater.report.charts.parts import rows
 from headwater.report.sections.base import Context, missing
-from headwater.report.words import count, estimate, interval, listing, number, p_value, strongest, visible
+from headwater.report.words import count, estimate, interval, listing, number, p_value, role_name, strongest, visible
+
+_COLUMNS = ("layer", "head", "role", "attention", "attention_null", "effect", "lo", "hi", "null", "p")
 
 
-def _acts(role: str, names: list[str]) -> str:
+def _group(role: str, names: list[str]) -> str:
     shown = listing(names[:4]) if len(names) <= 4 else f"{', '.join(names[:4])} and {len(names) - 4} more"
-    return f"{count(len(names), 'head')} {'acts' if len(names) == 1 else 'act'} as {visible(role, 40)} ({shown})"
+    return f"{role} ({shown})"
 
 
 def heads(context: Context) -> Section:
     """A table and a chart of the heads that have a role."""
     title = "What the heads do"
     found = context.run.first("heads")
-    table = (
-        rows(found.result.tables.get("roles"), "layer", "head", "role", "attention", "effect", "lo", "hi", "null", "p")
-        if found
-        else []
-    )
+    table = rows(found.result.tables.get("roles"), *_COLUMNS) if found else []
     if found is None or not table:
         what = "It names heads by what they attend to, and tests each name by patching."
         return missing(context, id="heads", title=title, what=what, stage="heads")
     by: dict[str, list[str]] = {}
     by_role = dict.fromkeys(str(row["role"]) for row in table)
     for row in table:
-        by.setdefault(str(row["role"] or "no role").replace("_", " "), []).append(f"a{row['layer']}.h{row['head']}")
-    lead = [f"{listing(_acts(role, names) for role, names in by.items())}."]
-    if absent := [str(role).replace("_", " ") for role in found.result.facts.get("absent") or []]:
+        by.setdefault(role_name(row["role"]), []).append(f"a{row['layer']}.h{row['head']}")
+    n_heads = len({(row["layer"], row["head"]) for row in table})
+    have = "has" if n_heads == 1 else "have"
+    lead = [f"{count(n_heads, 'head')} {have} a role: {listing(_group(*group) for group in by.items())}."]
+    if absent := [role_name(role) for role in found.result.facts.get("absent") or []]:
         lead.append(f"No head was found for {listing(absent, last='or')}.")
     if top := strongest(table, "effect", 1):
         row = top[0]
@@ -41,9 +41,10 @@ def heads(context: Context) -> Section:
     body = [
         [
             Cell(text=f"a{row['layer']}.h{row['head']}", style="mono"),
-            cell(str(row["role"] or "–").replace("_", " ")),
+            cell(role_name(row["role"])),
             cell(row["attention"]),
-            cell(row["effect"]),
+            cell(row["attention_null"]),
+            Cell(text=estimate(row["effect"], row["lo"], row["hi"]).partition(" ")[0], numeric=True),
             Cell(text=interval(row["lo"], row["hi"]) or "–", numeric=True),
             cell(row["null"]),
             Cell(text=p_value(row["p"]), numeric=True),
@@ -52,10 +53,11 @@ def heads(context: Context) -> Section:
     ]
     known = found.result.facts.get("descriptions")
     described = known if isinstance(known, dict) else {}
-    terms = [f"{role.replace('_', ' ')}: {visible(described[role], 120)}" for role in by_role if role in described]
-    columns = ("head", "role", "attention", "effect", "95% interval", "null", "p")
+    terms = [f"{role_name(role)}: {visible(described[role], 120)}" for role in by_role if role in described]
+    columns = ("head", "role", "attention", "of other heads", "effect", "95% interval", "null", "p")
     caption = (
-        "Attention: mean weight on the place that the role names. Effect: change of the metric when the "
+        "Attention: mean weight on the place that the role names, beside that of all other heads. "
+        "Effect: change of the metric when the "
         "head is patched. Null: the same for random heads. "
     )
     caption += f"Roles: {'; '.join(terms)}." if terms else ""

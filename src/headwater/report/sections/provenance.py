@@ -32,7 +32,8 @@ def provenance(context: Context) -> Section:
     run = context.run
     known = [item.result.provenance for item in run.found]
     fingerprints = list(dict.fromkeys(p.fingerprint for p in known if p.fingerprint))
-    behaviors = list(dict.fromkeys(p.behavior for p in known if p.behavior))
+    pairs_hash = run.fact("hash")  # of all pairs; results on a part of them carry that part's own
+    behaviors = [pairs_hash] if isinstance(pairs_hash, str) else list(dict.fromkeys(p.behavior or "" for p in known))
     seeds = list(dict.fromkeys(p.seed for p in known if p.seed is not None))
     commands = list(dict.fromkeys(p.command for p in known if p.command))
     versions = {name: value for p in known for name, value in p.versions.items()}
@@ -42,7 +43,7 @@ def provenance(context: Context) -> Section:
         "model": context.model,
         "model fingerprint": ", ".join(fingerprints),
         "behavior": context.behavior,
-        "behavior hash": ", ".join(behaviors),
+        "behavior hash": ", ".join(filter(None, behaviors)),
         "seed": ", ".join(map(str, seeds)),
         "command": "\n".join(commands),
         "versions": ", ".join(f"{name} {value}" for name, value in sorted(versions.items())),

@@ -102,7 +102,7 @@ def key_numbers(context: Context) -> Tiles:
             items.append(
                 (
                     number(observed),
-                    "of the way goes the circuit alone",
+                    "faithfulness of the circuit",
                     f"random circuits {number(values[len(values) // 2])}, p {p_value(p)}",
                 )
             )

@@ -233,8 +233,11 @@ class Model:
         known = self.sites()
         prefix = f"{site.stack}/" if site.stack else ""
         if site.stack not in self.anatomy.stacks and site.kind != "logits":
+            single = list(self.anatomy.stacks) == [""]
+            wanted = "a site without a prefix: it has one stack" if single else None
             return SiteError(
-                f"{self.name} has no stack {site.stack!r}", wanted=did_you_mean(site.stack, self.anatomy.stacks)
+                f"{self.name} has no stack {site.stack!r}",
+                wanted=wanted or did_you_mean(site.stack, self.anatomy.stacks),
             )
         kinds = sorted({s.kind for s in known if s.stack == site.stack} | {s.kind for s in known if s.kind == "logits"})
         if site.kind not in kinds and site.kind in KINDS:

@@ -43,7 +43,7 @@ def test_how_a_block_shares_its_stream(family: str, order: str) -> None:
         ("mamba", "z.0", "mixer_in"),
         ("mamba", "resid_mid.0", "mixer_in"),
         ("llama", "cross_z.0", "kinds:"),
-        ("vit", "encoder/z.0", "no stack"),
+        ("vit", "encoder/z.0", "without a prefix"),
         ("t5", "encoder/cross_z.0", "kinds:"),
         ("clip", "logits", "kinds:"),
     ],

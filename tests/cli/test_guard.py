@@ -72,7 +72,7 @@ def test_a_really_full_disk() -> None:
 
     done = run(action)
     assert done.exit_code == 2
-    assert "No space left" in done.stderr and "Free some space" in done.stderr
+    assert "No space left" in done.stderr and "free some space" in done.stderr
 
 
 def test_ctrl_c_says_how_to_go_on() -> None:

@@ -37,14 +37,23 @@ def test_stages_come_back_and_a_run_of_the_same_config_goes_on(tmp_path):
 
 
 def test_another_config_or_a_folder_with_other_things_is_refused(tmp_path):
-    RunFolder.create(tmp_path / "run", CONFIG).close()
+    with RunFolder.create(tmp_path / "run", CONFIG) as run:
+        run.save_stage("behavior", result(1))
     with pytest.raises(StoreError, match="other values of seed"):
         RunFolder.create(tmp_path / "run", {**CONFIG, "seed": 1})
+    assert RunFolder.open(tmp_path / "run").config == CONFIG
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     with pytest.raises(StoreError, match="something else"):
         RunFolder.create(tmp_path / "photos", CONFIG)
     assert os.listdir(tmp_path / "photos") == ["cat.jpg"]
+
+
+def test_a_run_that_stored_nothing_gives_way(tmp_path):
+    RunFolder.create(tmp_path / "run", CONFIG).close()
+    with RunFolder.create(tmp_path / "run", {**CONFIG, "seed": 1}) as run:
+        assert run.config["seed"] == 1
+    assert RunFolder.open(tmp_path / "run").config == {**CONFIG, "seed": 1}
 
 
 def test_only_one_process_writes_and_anyone_reads(tmp_path):

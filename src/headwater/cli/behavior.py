@@ -38,7 +38,7 @@ def show_(
     """Show pairs of a behavior."""
     from headwater import behavior
 
-    rows = behavior(name, n=max(n, 2), seed=seed).frame.head(n).to_dicts()
+    rows = behavior.make(name, n=max(n, 2), seed=seed).frame.head(n).to_dicts()
     if json:
         show_json(rows)
         return
@@ -57,7 +57,7 @@ def check(
     """Say line by line what is wrong with a file of pairs; leaves with 2 if anything is."""
     from headwater import behavior
 
-    rows = behavior.check(file, _loaded(model)).to_dicts()
+    rows = behavior.check.check(file, _loaded(model)).to_dicts()
     errors = [row for row in rows if row["level"] == "error"]
     if json:
         show_json({"file": str(file), "problems": rows})
@@ -83,8 +83,8 @@ def evaluate(
     from headwater import behavior
     from headwater.core.loading import load
 
-    table = behavior(name, n=n, seed=seed)
-    result = behavior.evaluate(load(model), table)
+    table = behavior.make(name, n=n, seed=seed)
+    result = behavior.evaluate.evaluate(load(model), table)
     if out is not None:
         result.save(out)
     if json:

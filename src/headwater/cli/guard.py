@@ -12,21 +12,16 @@ import typer
 from typer.core import TyperGroup
 
 from headwater.core.errors import HeadwaterError, StoreError
+from headwater.core.files import store_error
 from headwater.core.progress import progress_shown
 
 INTERRUPTED = 130  # what a shell gives a command that Ctrl-C ended
 BUG = 1
 
-_MENDS = {
-    errno.ENOSPC: "Free some space, or choose a folder on another disk; what was finished before is readable",
-    errno.EDQUOT: "Free some of your quota, or choose a folder elsewhere; what was finished before is readable",
-    errno.EROFS: "That file system is read-only: choose a folder that can be written",
-    errno.EACCES: "Allow access to it, or choose another place",
-    errno.EPERM: "Allow access to it, or choose another place",
-    errno.ENOENT: "Check the path",
-    errno.ENOTDIR: "A part of that path is a file, not a folder: choose another place",
-    errno.EISDIR: "That path is a folder where a file was wanted",
-    errno.ENAMETOOLONG: "Choose a shorter path",
+# What a disk may say at any moment; other system errors (a closed pipe, a lost child) mean something else.
+_OF_A_DISK = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG),
 }
 
 
@@ -46,25 +41,18 @@ class Guarded(TyperGroup):
             say(str(error), label="error")
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
-            if error.errno not in _MENDS:  # a closed pipe, or something that nobody foresaw
+            if error.errno == errno.EPIPE:
                 raise
-            say(str(from_os_error(error)), label="error")
+            if error.errno not in _OF_A_DISK:
+                _report_bug(error)
+                raise typer.Exit(BUG) from None
+            say(str(store_error(error, Path(error.filename or "a file"), "read or write")), label="error")
             raise typer.Exit(StoreError.exit_code) from None
         except Exception as error:
             if type(error).__module__.startswith(("typer.", "click.")):
                 raise  # wrong usage of the command line: it prints itself
             _report_bug(error)
             raise typer.Exit(BUG) from None
-
-
-def from_os_error(error: OSError) -> StoreError:
-    """The same in words that help: which file, what the system said, what to do."""
-    where = f" {error.filename}" if error.filename else " a file"
-    return StoreError(
-        f"cannot read or write{where}",
-        got=error.strerror or str(error),
-        fix=_MENDS.get(error.errno or 0, "Check the disk"),
-    )
 
 
 @contextmanager

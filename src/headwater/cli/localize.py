@@ -34,7 +34,7 @@ def localize(
 
     options = dict(_setting(text) for text in option or [])
     run = methods.get(method)
-    pairs = behaviors(behavior, n=n, seed=seed)
+    pairs = behaviors.make(behavior, n=n, seed=seed)
     result = run(load(model), pairs, metric=metric, **options)
     if out is not None:
         result.save(out)

@@ -1,12 +1,16 @@
 """trace, resume, verify, report: the whole pipeline, and what is done with its folder."""
 
+import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from headwater.cli.guard import resumable, say
 from headwater.cli.show import show, show_json, show_rows
+
+if TYPE_CHECKING:
+    from headwater.core.store import RunFolder
 
 
 def add_to(app: typer.Typer) -> None:
@@ -57,7 +61,8 @@ def trace(
     else:
         investigation = Investigation.from_yaml(config, **options)
     with resumable(Path(investigation.out)):
-        _finish(investigation.run(), Path(investigation.out))
+        run = investigation.run()
+    _finish(run)
 
 
 def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run that was interrupted.")]) -> None:
@@ -65,7 +70,8 @@ def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run that
     from headwater.trace.investigation import Investigation
 
     with resumable(folder):
-        _finish(Investigation.resume(folder), folder)
+        run = Investigation.resume(folder)
+    _finish(run)
 
 
 def verify(
@@ -77,7 +83,10 @@ def verify(
 
     outcome = run_again(folder)
     rows = outcome.to_frame().to_dicts()
-    show_rows(rows, as_json=json)
+    if json:
+        show_json(rows)
+    else:
+        show_rows([{name: value for name, value in row.items() if name != "statement"} for row in rows], as_json=False)
     differing = [row["id"] for row in rows if not row["same"]]
     if differing:
         say(f"{len(differing)} of {len(rows)} claims came out differently: {', '.join(differing)}", label="verify")
@@ -100,9 +109,12 @@ def report(
         show(f"Report: {path}")
 
 
-def _finish(_run: Any, folder: Path) -> None:
-    page = folder / "report.html"
-    show(f"Done: {folder}")
+def _finish(run: "RunFolder") -> None:
+    """What was found, in words, and where to read the rest."""
+    if run.has("claims"):
+        for line in run.facts("claims").get("verdict", []):
+            show(f"{line}\n")
+    page = run.path / "report.html"
     if page.exists():
         show(f"Report: {page.resolve()}")
-    show(f"Run its tests again with: headwater verify {folder}")
+    show(f"Run its tests again with: {shlex.join(['headwater', 'verify', str(run.path)])}")

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_displays: list[Any] = []  # the display that is on the terminal now, if there is one
 _quiet: ContextVar[bool] = ContextVar("headwater_quiet", default=True)
 
 
@@ -30,10 +31,26 @@ def track(things: Iterable[T], label: str, total: int | None = None) -> Iterable
 
 
 def _bar(things: Iterable[T], label: str, total: int | None) -> Iterator[T]:
+    """A bar; one inside another is a second line of the same display, as a terminal has room for one display only."""
     from rich.console import Console
-    from rich.progress import track as rich_track
+    from rich.progress import Progress
 
-    yield from rich_track(things, label, total=total, console=Console(stderr=True), transient=True)
+    if _displays:
+        display, own = _displays[-1], False
+    else:
+        display, own = Progress(console=Console(stderr=True), transient=True), True
+        _displays.append(display)
+        display.start()
+    task = display.add_task(label, total=total)
+    try:
+        for thing in things:
+            yield thing
+            display.advance(task)
+    finally:
+        display.remove_task(task)
+        if own:
+            display.stop()
+            _displays.remove(display)
 
 
 def _lines(things: Iterable[Any], label: str, total: int | None) -> Iterator[Any]:

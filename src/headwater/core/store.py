@@ -1,6 +1,7 @@
 """RunFolder: the folder of one run. Stages are stored whole or not at all, one process writes, anyone reads."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -49,6 +50,9 @@ class RunFolder:
         if (path / "run.json").exists():
             run = cls.open(path, write=True)
             if to_json(run.config) != to_json(config):
+                if not run.stages:  # a first try that was refused (a mistyped model, say): nothing is lost
+                    run._write_head(config)
+                    return run
                 run.close()
                 changed = _changed(run.config, config)
                 raise StoreError(
@@ -68,14 +72,19 @@ class RunFolder:
             raise store_error(error, path, "create") from error
         lock = _take_lock(path)
         try:
-            from headwater import __version__
-
-            head = {"format": RUN_FORMAT, "headwater": __version__, "config": config}
-            write_whole(path / "run.json", to_json(head).encode())
+            run = cls(path, {}, lock)
+            run._write_head(config)
             return cls.open(path, _lock=lock)
         except BaseException:
             lock.close()
             raise
+
+    def _write_head(self, config: Mapping[str, Any]) -> None:
+        from headwater import __version__
+
+        head = {"format": RUN_FORMAT, "headwater": __version__, "config": config}
+        write_whole(self.path / "run.json", to_json(head).encode())
+        self.config = cast(dict[str, Any], json.loads(to_json(config)))
 
     @classmethod
     def open(cls, folder: str | Path, *, write: bool = False, _lock: IO[bytes] | None = None) -> "RunFolder":

@@ -50,7 +50,7 @@ methods: Registry[Method] = Registry("method")
 
 @dataclass(frozen=True, kw_only=True)
 class EapConfig:
-    """metric: what is differentiated. memory_mb: what a batch may take (None: half of what the weights take, at least 96).
+    """metric: what is differentiated. memory_mb: what a batch may take (None: .4 of what the weights take, at least 96).
 
     reuse_prefix: run the tokens that a pair shares once, from the cache; the scores are the same either way.
     """

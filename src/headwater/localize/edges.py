@@ -10,6 +10,7 @@ Shapes: N = B T positions run, D width, R attention readers of a layer, S source
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -63,7 +64,8 @@ class EdgeScorer:
         One node at 1 is EAP. A node at 0 is the counterfactual run itself, which is run anyway.
         """
         engine, at = self.engine, dict(nodes)
-        with engine.open():
+        with engine.open(), ExitStack() as stack:
+            batch = self.metric.narrowed(stack, engine, batch)
             past = engine.prefix_cache(batch)
             clean_ids, corrupt_ids = batch.clean[:, batch.prefix :], batch.corrupt[:, batch.prefix :]
             recorded: list[tuple[Gradients, float]] = []

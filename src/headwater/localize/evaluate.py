@@ -44,7 +44,8 @@ class CircuitRunner:
     def values(self, batch: Batch, masks: Sequence[Tensor]) -> BatchValues:
         """The metric of each circuit (a mask [sources, readers]) on each pair of the batch."""
         engine = self.engine
-        with engine.open():
+        with engine.open(), ExitStack() as stack:
+            batch = self.metric.narrowed(stack, engine, batch)
             past = engine.prefix_cache(batch)
             clean_ids, corrupt_ids = batch.clean[:, batch.prefix :], batch.corrupt[:, batch.prefix :]
             reference, entered = self._clean(clean_ids, past)

@@ -144,7 +144,8 @@ class _NodeScorer:
     def scores(self, batch: Batch) -> Tensor:
         """[sources, B, T] float64: every node's score by pair and position (those after the prefix)."""
         engine, work = self.engine, self.engine.work
-        with engine.open():
+        with engine.open(), ExitStack() as stack:
+            batch = self.metric.narrowed(stack, engine, batch)
             past = engine.prefix_cache(batch)
             corrupt = engine.run(batch.corrupt[:, batch.prefix :], past)
             clean, writes = self._recorded(batch.clean[:, batch.prefix :], past)

@@ -6,7 +6,7 @@ Shapes: B pairs, T positions that are run (those after the shared prefix), N = B
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headwater.behavior.metrics import STEPS, Metric
 from headwater.behavior.metrics import metric as metric_named
 from headwater.core.errors import MethodError
-from headwater.localize.hooks import frozen, on_input, on_output, on_port
+from headwater.localize.hooks import frozen, on_input, on_output, on_port, replace_forward
 from headwater.localize.wiring import Layer, Wiring, wiring_of
 
 if TYPE_CHECKING:
@@ -92,8 +92,18 @@ class Engine:
         """Inside, weights are frozen and only the last position is unembedded."""
         with frozen(self.hf), ExitStack() as stack:
             if self.wiring.unembed is not None:
-                stack.callback(on_input(self.wiring.unembed, lambda x: x[:, -1:]).remove)
+                # contiguous: a strided slice would be multiplied row by row, reading the whole matrix for each
+                stack.callback(on_input(self.wiring.unembed, lambda x: x[:, -1:].contiguous()).remove)
             yield
+
+    def narrow(self, stack: ExitStack) -> None:
+        """Until `stack` closes, what the last block adds is computed at the last position only, the only one that is read.
+
+        Its other positions then hold broadcast copies that nobody may use. Done only where `can_narrow` measured it.
+        """
+        layer = self.wiring.layers[-1]
+        stack.callback(on_input(layer.attention.out_proj, lambda z: z[:, -1:].contiguous()).remove)
+        on_port(stack, layer.mlp.entry, lambda x: x[:, -1:].contiguous())
 
     def forward(self, ids: Tensor, past: Any = None) -> Tensor:
         """Logits [B, V] at the last position; `past` is a cache of the positions before (it is not changed)."""
@@ -111,7 +121,10 @@ class Engine:
         from transformers import DynamicCache
 
         past = DynamicCache(config=self.hf.config)
-        self.hf(input_ids=ids.to(self.model.device), past_key_values=past, use_cache=True)
+        with ExitStack() as stack:
+            if self.wiring.unembed is not None:
+                replace_forward(stack, self.wiring.unembed, lambda x: x[..., :1])  # nobody reads the logits
+            self.hf(input_ids=ids.to(self.model.device), past_key_values=past, use_cache=True)
         return past
 
     def watch(
@@ -243,6 +256,9 @@ def for_discovery(behavior: "Behavior") -> "Behavior":
     return behavior.train if "train" in set(behavior.frame["split"].to_list()) else behavior
 
 
+_READS_ONLY_ITS_TOKENS = frozenset({"logit_diff"})
+
+
 @dataclass(frozen=True, eq=False)
 class Scored:
     """A metric applied to a batch: logits [B, V] -> [B], on the batch's own answers."""
@@ -261,6 +277,26 @@ class Scored:
             )
         return cls(name, metric)
 
+    def narrowed(self, stack: ExitStack, engine: "Engine", batch: Batch) -> Batch:
+        """Until `stack` closes, have the model unembed only the tokens that this metric reads, if it reads but a few.
+
+        Gives the batch with its answers and foils numbered among those tokens; the batch itself where all are needed.
+        """
+        unembed = engine.wiring.unembed
+        if self.name not in _READS_ONLY_ITS_TOKENS or type(unembed) is not nn.Linear:
+            return batch
+        ids = torch.cat([batch.answers.flatten(), batch.foils.flatten()]).unique()
+        ids = ids[ids >= 0]
+        bias, at = unembed.bias, ids.to(unembed.weight.device)
+        weight = unembed.weight.detach()[at]
+        bias = None if bias is None else bias.detach()[at]
+        replace_forward(stack, unembed, lambda x: nn.functional.linear(x, weight, bias))
+
+        def among(tokens: Tensor) -> Tensor:
+            return torch.where(tokens >= 0, torch.searchsorted(ids, tokens.clamp(min=0)), tokens)
+
+        return replace(batch, answers=among(batch.answers), foils=among(batch.foils))
+
     def __call__(self, batch: Batch, logits: Tensor, reference: Tensor | None = None) -> Tensor:
         device = logits.device
         return self.metric(logits, batch.answers.to(device), batch.foils.to(device), reference)
@@ -272,11 +308,11 @@ class Scored:
 def tokens_at_once(model: "Model", floats_a_token: int, memory_mb: float | None) -> int:
     """Positions to run at once within a memory budget.
 
-    The default budget is half of what the weights take, but at least 96 MB: with the weights, twice the bare model's peak
+    The default budget is .4 of what the weights take, but at least 96 MB: with the weights, twice the bare model's peak
     is not reached.
     """
     weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
-    budget = memory_mb * 2**20 if memory_mb is not None else max(96 * 2**20, weights / 2)
+    budget = memory_mb * 2**20 if memory_mb is not None else max(96 * 2**20, 0.4 * weights)
     size = 8 if model.dtype == torch.float64 else 4
     return max(1, int(budget // (floats_a_token * size)))
 
@@ -287,26 +323,44 @@ _reuses: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 def can_reuse_prefix(engine: Engine) -> bool:
     """Whether this model gives the same logits when a prefix comes from its cache: measured once."""
     if engine.hf not in _reuses:
-        generator = torch.Generator().manual_seed(0)
-        size = min(engine.hf.config.get_text_config().vocab_size, 1000)
-        ids = torch.randint(min(3, size - 1), size, (2, 7), generator=generator)
+        ids = _probe(engine, 7)
         with engine.open():
-            whole = engine.forward(ids)
-            try:
-                split = engine.forward(ids[:, 4:], engine.cache(ids[:, :4]))
-            except (
-                TypeError,
-                ValueError,
-                RuntimeError,
-                AttributeError,
-                IndexError,
-            ):  # models without such a cache differ in how
-                split = None
-        error = (
-            float("inf") if split is None else float((split - whole).abs().max() / whole.abs().max().clamp(min=1e-9))
-        )
-        _reuses[engine.hf] = error < {torch.float64: 1e-6, torch.float32: 1e-3}.get(whole.dtype, 5e-2)
+            _reuses[engine.hf] = _same(engine, ids, lambda: engine.forward(ids[:, 4:], engine.cache(ids[:, :4])))
     return _reuses[engine.hf]
+
+
+_narrows: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
+
+
+def can_narrow(engine: Engine) -> bool:
+    """Whether the last block can be run at the last position only with the same logits: measured once."""
+    if engine.hf not in _narrows:
+        mlp, ids = engine.wiring.layers[-1].mlp, _probe(engine, 5)
+
+        def narrowed() -> Tensor:
+            with ExitStack() as stack:
+                engine.narrow(stack)
+                return engine.forward(ids)
+
+        with engine.open():
+            _narrows[engine.hf] = not (mlp.entry.flat or mlp.write.port.flat) and _same(engine, ids, narrowed)
+    return _narrows[engine.hf]
+
+
+def _probe(engine: Engine, length: int) -> Tensor:
+    size = min(engine.hf.config.get_text_config().vocab_size, 1000)
+    return torch.randint(min(3, size - 1), size, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+def _same(engine: Engine, ids: Tensor, other_way: Callable[[], Tensor]) -> bool:
+    """Whether another way of running these tokens gives the model's own logits; a way that fails does not."""
+    whole = engine.forward(ids)
+    try:
+        found = other_way()
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        return False  # models that cannot be run so fail in ways of their own
+    error = float((found - whole).abs().max() / whole.abs().max().clamp(min=1e-9))
+    return error < {torch.float64: 1e-6, torch.float32: 1e-3}.get(whole.dtype, 5e-2)
 
 
 def all_values(batches: Sequence[Batch], values: Sequence[Tensor]) -> tuple[list[int], Tensor]:

@@ -3,6 +3,7 @@
 import re
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -42,7 +43,7 @@ class PatchConfig:
     Kinds: resid_pre, resid_post, attn_out, mlp_out, head; without a layer (or head) every one is meant. `@*`: each position apart,
     counted from the end; `@END`, `@S2`: a named position of the behavior; `@-1`: an index; without `@`: all positions at once.
     direction: "denoise" puts the prompt's value into the counterfactual run, "noise" the counterfactual's into the prompt's.
-    memory_mb: what a batch may take (None: half of what the weights take, at least 96).
+    memory_mb: what a batch may take (None: .4 of what the weights take, at least 96).
     """
 
     sites: tuple[str, ...] = ("head",)
@@ -110,7 +111,8 @@ def patch(
     other: dict[int, float] = {}
     reuse = can_reuse_prefix(engine)
     for batch in track(batches, f"patching ({direction})"):
-        with engine.open():
+        with engine.open(), ExitStack() as stack:
+            batch = scored.narrowed(stack, engine, batch)
             sweep = Sweep(engine, scored, batch, base_is_clean=direction == "noise", reuse=reuse)
             base |= _by_row(batch, sweep.base_value)
             other |= _by_row(batch, sweep.other_value)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headwater.core.errors import MethodError
 from headwater.localize.hooks import on_input, on_output, on_port, replace_forward
-from headwater.localize.passes import Batch, Engine, Scored, copied
+from headwater.localize.passes import Batch, Engine, Scored, can_narrow, copied
 
 Kind = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "head"]
 KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head")
@@ -69,6 +69,7 @@ class Sweep:
     def __init__(self, engine: Engine, metric: Scored, batch: Batch, *, base_is_clean: bool, reuse: bool) -> None:
         self.engine, self.metric, self.batch = engine, metric, batch
         self.layers = engine.wiring.layers
+        self.narrows = can_narrow(engine)  # measured here, before any hook of a sweep is in
         self.base_ids, other_ids = (batch.clean, batch.corrupt) if base_is_clean else (batch.corrupt, batch.clean)
         self.length = self.base_ids.shape[1]
         self.base, self.past = self._record(self.base_ids, None, cached=reuse)
@@ -251,6 +252,8 @@ class Sweep:
                 on_port(stack, self.layers[0].block.input, lambda _: stream)
             if behind:
                 self._after_attention(stack, start, stacked)
+            if start < len(self.layers) - behind and first < self.length - 1 and self.narrows:
+                self.engine.narrow(stack)
             ids = self.base_ids[:, first:].repeat(repeats, 1)
             return self.engine.forward(ids, self._cache(first, repeats, start) if first else None)
 

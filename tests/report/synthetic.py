@@ -2,6 +2,7 @@
 place that shows text.
 """
 
+import json
 import math
 import random
 from pathlib import Path
@@ -97,6 +98,18 @@ def behavior_report(seed: int = 0) -> Result:
     ]  # fmt: skip
     dropped = [{"id": 7, "reason": "answer is two tokens"}, {"id": 9, "reason": f"names differ in length {HOSTILE}"}]
     return result("behavior_report", {"metrics": metrics, "rows": rows, "canary": canary, "dropped": dropped})
+
+
+def pairs() -> Result:
+    """The behavior's pairs, as the first stage stores them."""
+    prompt = f"When Mary {HOSTILE} and John went to the store, John gave a drink to"
+    spans = {
+        "END": [prompt.rindex("to"), len(prompt)],
+        "IO": [5, 9],
+        "S2": [prompt.rindex("John"), prompt.rindex("John") + 4],
+    }
+    row = {"id": "ioi-0", "prompt": prompt, "answers": [" Mary"], "foils": [" John"], "positions": json.dumps(spans)}
+    return result("result", {"pairs": [row]}, {"name": "ioi", "hash": "5d0be1c7a9", "about": {"generator": "ioi"}})
 
 
 def patching(seed: int = 1) -> Result:
@@ -261,7 +274,16 @@ def effect() -> Result:
         for measure, before, spread, changes in measures
         for change, (action, baseline, note) in zip(changes, actions, strict=True)
     ]
-    return result("effect", {"rows": rows})
+    versus = [
+        {"action": action, "control": control, "measure": "ioi logit_diff", "gain": gain, "control_gain": gain - by}
+        | {"difference": by, "lo": by - 0.4, "hi": by + 0.4, "n": 60}
+        for action, control, gain, by in (
+            ("knock out the name movers", "random heads", 6.1, 5.9),
+            ("knock out the name movers", f"prompt: {HOSTILE}", 6.1, 4.3),
+            ("amplify a17.h3", "random heads", 1.4, 0.2),
+        )
+    ]
+    return result("effect", {"rows": rows, "versus": versus})
 
 
 def heads() -> Result:
@@ -346,5 +368,7 @@ def gathered(folder: Path, *kinds: str) -> Gathered:
         for i, (kind, (stage, make)) in enumerate(MAKERS.items())
         if not kinds or kind in kinds
     ]
+    if not kinds:
+        found.append(Found(stage="behavior", name="pairs", result=pairs()))
     config = {"behavior": "ioi", "model": "smollm2", "n": 200, "seed": 0}
     return Gathered(folder=folder, config=config, found=found, facts={item.stage: {} for item in found})

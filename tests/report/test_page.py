@@ -18,6 +18,7 @@ from headwater.core.results import Result
 from headwater.core.store import RunFolder
 from headwater.report import charts, write_report
 from headwater.report.blocks import source
+from headwater.report.charts.claims import distinct_measures
 from headwater.report.gather import Found, Gathered
 from headwater.report.page import render
 from headwater.report.sections import base
@@ -143,6 +144,40 @@ def test_handover_names_the_layers_where_the_answer_moves() -> None:
     ]
     assert handover(rows) == "What decides the answer sits at S2 in layers 0–4 then at END in layers 5–9."
     assert handover([row for row in rows if row["position"] == "S2"]) == ""
+
+
+def test_an_example_opens_the_page(page: str, parsed: Parsed) -> None:
+    top = re.search(r'<p class="example">(.*?)</p>', page, re.S)
+    assert top and "<mark>Mary</mark>" in top[1] and "and not John" in top[1]
+    assert "&lt;script&gt;" in top[1]
+    assert "Indirect objects: how does SmolLM2-135M-Instruct do it?" in parsed.text
+
+
+def test_actions_stand_beside_their_controls(parsed: Parsed) -> None:
+    assert "Of 2 actions, 1 did more than every control beyond chance: knock out the name movers." in parsed.text
+    assert "“random heads” by 0.2 (difference 5.9 [5.5, 6.3])" in parsed.text
+
+
+def test_measures_that_came_out_the_same_are_shown_once() -> None:
+    rows = [
+        {"action": action, "measure": measure, "change": change}
+        for measure, changes in {"metric": (1.0, 2.0), "preference": (1.0, 2.0), "accuracy": (1.0, 0.0)}.items()
+        for action, change in zip("ab", changes, strict=True)
+    ]
+    assert distinct_measures(rows) == ["metric", "accuracy"]
+
+
+def test_positions_stand_as_in_the_prompt_with_its_tokens() -> None:
+    labels = base.Context(synthetic.gathered(Path("runs/ioi"))).position_labels()
+    assert list(labels.values()) == ["Mary\nIO", "John\nS2", "to\nEND"]
+
+
+def test_a_stage_that_found_nothing_is_not_called_missing() -> None:
+    run = synthetic.gathered(Path("runs/ioi"), "ledger")
+    run.facts["heads"] = {}
+    text = Parsed(render(run)).text
+    assert "The stage “heads” was run and left nothing to show here." in text
+    assert "Not in this run yet: the stage “act”" in text
 
 
 def test_every_figure_has_its_data_and_its_code(page: str) -> None:

@@ -101,7 +101,7 @@ class ClaimsSettings(Settings):
     n_test: int = Field(default=60, ge=1)
     null_circuits: int = Field(default=99, ge=1)
     n_null: int = Field(default=16, ge=1)
-    """Test pairs on which the null circuits are run."""
+    """Test pairs on which the null circuits are run: of the commonest lengths."""
     random_sets: int = Field(default=8, ge=1)
     """Random sets of edges whose knock-out that of the circuit is compared with."""
     random_groups: int = Field(default=4, ge=1)

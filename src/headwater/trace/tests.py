@@ -42,6 +42,13 @@ def judged(context: Context, n: int) -> Behavior:
     return behavior.test[:n]
 
 
+def of_few_lengths(context: Context, n: int) -> Behavior:
+    """`n` test pairs of the commonest lengths: many small circuits cost by the batch, and a batch has one length."""
+    test = context["behavior"].test
+    groups = sorted(test.bind(context["model"]).groups, key=len, reverse=True)
+    return test[sorted([row for group in groups for row in group.rows][:n])]
+
+
 def too_few(*, pairs: int | None = None, draws: int | None = None, q: float = 0.05) -> str:
     """Why a test of this size could not support anything, or nothing."""
     least = smallest_p(pairs=pairs, draws=draws)
@@ -149,7 +156,7 @@ def null_of(context: Context, *, seed: int, n: int, metric: str, draws: int) -> 
     key = ("null", seed, n, metric, draws)
     if key not in made:
         circuit: Circuit = context["circuit"]
-        pairs = judged(context, n)
+        pairs = of_few_lengths(context, n)
         null = circuit.null(pairs, n=draws, metric=metric, kinds=("edges", "heads"), seed=seed, model=context["model"])
         bound = pairs.bind(context["model"])
         null.tensors["change"] = _metric(context["model"], bound, metric) - _metric(

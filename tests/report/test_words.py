@@ -40,7 +40,17 @@ def test_numbers_have_three_digits_and_no_noise(value: object, text: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.0483, "4.8%"), (1.0, "100%"), (0.94, "94%"), (0.0004, "0.04%"), (0.0, "0%"), (None, "–")]
+    ("value", "text"),
+    [
+        (0.0483, "4.8%"),
+        (1.0, "100%"),
+        (0.94, "94%"),
+        (0.995, "99.5%"),
+        (0.9999, "100%"),
+        (0.0004, "0.04%"),
+        (0.0, "0%"),
+        (None, "–"),
+    ],
 )
 def test_shares(value: object, text: str) -> None:
     assert percent(value) == text

@@ -46,7 +46,8 @@ def percent(value: Any) -> str:
     if found is None:
         return NOTHING
     share = 100 * found
-    digits = 0 if abs(share) >= 99.95 or abs(share) >= 10 or share == 0 else 1 if abs(share) >= 0.1 else 2
+    near = 99 <= abs(share) < 99.95  # one wrong answer in 200 is not none
+    digits = 1 if near or 0.1 <= abs(share) < 10 else 2 if 0 < abs(share) < 0.1 else 0
     return f"{share:.{digits}f}%".replace("-", "−")
 
 

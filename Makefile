@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # Bytecode is compiled when a module is first imported: most of what is installed here never is.
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+PIP_OPTIONS := install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+INSTALL := $(BIN)/python -m pip $(PIP_OPTIONS)
 # One thread a process: the tests run in two processes, and what they compute is small.
 TEST_ENV := OMP_NUM_THREADS=1
 WORKERS ?= 2
@@ -18,7 +19,7 @@ help:
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     speed and memory beside other libraries (docs/benchmarks.md)"
 	@echo "make docs      build the documentation into site/"
-	@echo "make clean     remove .venv and what was generated; runs/ stays"
+	@echo "make clean     remove the environments and what was generated; runs/ stays"
 
 setup: $(VENV)/.installed-dev
 
@@ -41,8 +42,12 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@$(INSTALL) -e '.[docs]'
 	@touch $@
 
-$(VENV)/.installed-bench: $(VENV)/.installed
-	@$(INSTALL) -e '.[bench]'
+# The libraries that headwater is compared with have an environment of their own, so that they change nothing here.
+$(VENV)-bench/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV)-bench: a few minutes, once."
+	@test -x $(VENV)-bench/bin/python || $(PYTHON) -m venv $(VENV)-bench
+	@$(VENV)-bench/bin/python -m pip $(PIP_OPTIONS) torch
+	@$(VENV)-bench/bin/python -m pip $(PIP_OPTIONS) -e '.[bench]'
 	@touch $@
 
 # An interrupted demo goes on from where it was.
@@ -61,11 +66,11 @@ lint: setup
 	$(BIN)/pyright
 	$(BIN)/pyright -p pyrightconfig.core.json
 
-bench: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks
+bench: $(VENV)-bench/.installed
+	$(VENV)-bench/bin/python -m benchmarks
 
 docs: $(VENV)/.installed-docs
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bench site .pytest_cache .ruff_cache .hypothesis

@@ -128,34 +128,69 @@ GEMMA = {
 LAYOUTS = {
     "llama": Layout(),
     "gpt2": Layout(
-        blocks="transformer.h", attention="attn", norm="ln_1", mlp_norm="ln_2", out_proj="attn.c_proj", q="attn.c_attn", k="attn.c_attn",
-        v="attn.c_attn", fused="stacked", final="transformer.ln_f", kv=H,
+        blocks="transformer.h",
+        attention="attn",
+        norm="ln_1",
+        mlp_norm="ln_2",
+        out_proj="attn.c_proj",
+        q="attn.c_attn",
+        k="attn.c_attn",
+        v="attn.c_attn",
+        fused="stacked",
+        final="transformer.ln_f",
+        kv=H,
     ),
     "neox": Layout(
-        blocks="gpt_neox.layers", attention="attention", out_proj="attention.dense", q="attention.query_key_value",
-        k="attention.query_key_value", v="attention.query_key_value", fused="interleaved", final="gpt_neox.final_layer_norm", parallel=True,
+        blocks="gpt_neox.layers",
+        attention="attention",
+        out_proj="attention.dense",
+        q="attention.query_key_value",
+        k="attention.query_key_value",
+        v="attention.query_key_value",
+        fused="interleaved",
+        final="gpt_neox.final_layer_norm",
+        parallel=True,
         kv=H,
     ),
     "gptj": Layout(
-        blocks="transformer.h", attention="attn", norm="ln_1", mlp_norm="ln_1", out_proj="attn.out_proj", q="attn.q_proj", k="attn.k_proj",
-        v="attn.v_proj", final="transformer.ln_f", parallel=True, kv=H,
+        blocks="transformer.h",
+        attention="attn",
+        norm="ln_1",
+        mlp_norm="ln_1",
+        out_proj="attn.out_proj",
+        q="attn.q_proj",
+        k="attn.k_proj",
+        v="attn.v_proj",
+        final="transformer.ln_f",
+        parallel=True,
+        kv=H,
     ),
-    "phi": Layout(mlp_norm="input_layernorm", out_proj="self_attn.dense", final="model.final_layernorm", parallel=True, kv=H),
+    "phi": Layout(
+        mlp_norm="input_layernorm", out_proj="self_attn.dense", final="model.final_layernorm", parallel=True, kv=H
+    ),
     "phi3": Layout(q="self_attn.qkv_proj", k="self_attn.qkv_proj", v="self_attn.qkv_proj", fused="stacked"),
     "qwen2": Layout(),
     "qwen3": Layout(),
     "gemma2": Layout(**GEMMA),
     "gemma3": Layout(**GEMMA),
     "olmo": Layout(kv=H),
-    "olmo2": Layout(norm=None, mlp_norm=None, post_norm="post_attention_layernorm", mlp_write="post_feedforward_layernorm"),
+    "olmo2": Layout(
+        norm=None, mlp_norm=None, post_norm="post_attention_layernorm", mlp_write="post_feedforward_layernorm"
+    ),
     "opt": Layout(
-        blocks="model.decoder.layers", norm="self_attn_layer_norm", mlp_norm="final_layer_norm", mlp="fc1", out_proj="self_attn.out_proj",
-        mlp_write="fc2", final="model.decoder.final_layer_norm", kv=H,
+        blocks="model.decoder.layers",
+        norm="self_attn_layer_norm",
+        mlp_norm="final_layer_norm",
+        mlp="fc1",
+        out_proj="self_attn.out_proj",
+        mlp_write="fc2",
+        final="model.decoder.final_layer_norm",
+        kv=H,
     ),
     "granite": Layout(scale=0.3),
     "stablelm": Layout(),
     "mixtral": Layout(),
-}  # fmt: skip
+}
 
 
 def make(name: str, seed: int = 0) -> Model:
@@ -410,8 +445,8 @@ def plain_edge_scores(
 
 
 def plain_circuit(model: Model, name: str, group: Group, edges: set[tuple[str, str]]) -> Tensor:
-    """Logits [B, V] of a circuit by its definition, layer after layer: each reader reads the counterfactual stream plus,
-    for each of its edges in the circuit, how its source's write in this run differs from the counterfactual's.
+    """Logits [B, V] of a circuit by its definition, layer after layer: each reader reads the counterfactual stream
+    plus, for each of its edges in the circuit, how its source's write in this run differs from the counterfactual's.
     """
     plain = Plain(model, name)
     with torch.no_grad():

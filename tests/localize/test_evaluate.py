@@ -1,13 +1,15 @@
-"""Circuits are evaluated as their definition says, on every family; the whole is the model, nothing is the counterfactual."""
+"""Circuits are evaluated as their definition says, on every family; the whole is the model, nothing is the
+counterfactual.
+"""
 
 import pytest
 import torch
-from localize_families import LAYOUTS, bound, make, pairs, plain_circuit
 
 from headwater.behavior.metrics import metric
 from headwater.localize.evaluate import CircuitRunner
 from headwater.localize.passes import Engine, Scored, make_batches
 from headwater.localize.selection import prune
+from localize_families import LAYOUTS, bound, make, pairs, plain_circuit
 
 
 def plain_model(model, ids):  # type: ignore[no-untyped-def]

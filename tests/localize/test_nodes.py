@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from localize_families import LAYOUTS, bound, make, pairs
 
 from headwater.localize.edges import EdgeScorer
 from headwater.localize.nodes import _by_position, _NodeScorer
 from headwater.localize.passes import Engine, Scored, make_batches
+from localize_families import LAYOUTS, bound, make, pairs
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from localize_families import H, LAYERS, LAYOUTS, bound, make, pairs
 
 import headwater as hw
 from headwater.behavior.metrics import metric
@@ -13,6 +12,7 @@ from headwater.core.errors import MethodError, SiteError
 from headwater.localize.passes import Engine, Scored, make_batches
 from headwater.localize.patching import read_spec
 from headwater.localize.sweep import Sweep, Target
+from localize_families import LAYERS, LAYOUTS, H, bound, make, pairs
 
 KINDS = ["resid_pre", "resid_post", "attn_out", "mlp_out", "head"]
 

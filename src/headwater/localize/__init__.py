@@ -23,7 +23,22 @@ _NAMES = {
     "areas": "mib",
 }
 
-__all__ = [*_NAMES]  # noqa: PLE0604
+__all__ = [
+    "AttributionResult",
+    "Circuit",
+    "FaithfulnessResult",
+    "Graph",
+    "MinimalityResult",
+    "NullResult",
+    "PatchingResult",
+    "areas",
+    "atp",
+    "eap",
+    "eap_ig",
+    "graph_of",
+    "methods",
+    "patch",
+]
 
 
 def __getattr__(name: str) -> Any:

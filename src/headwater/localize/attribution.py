@@ -2,8 +2,8 @@
 
 import math
 import time
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import polars as pl
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
     from headwater.core.model import Model
     from headwater.localize.faithfulness import FaithfulnessResult
+    from headwater.localize.nodes import AtpConfig
 
+C = TypeVar("C", bound="EapConfig | AtpConfig")
 Rule = Literal["left", "midpoint", "gauss"]
 LOWER_IS_BETTER = frozenset({"kl", "rank"})
 """Metrics whose sign is turned in scores, so that a positive score always speaks for the clean behavior."""
@@ -50,7 +52,8 @@ methods: Registry[Method] = Registry("method")
 
 @dataclass(frozen=True, kw_only=True)
 class EapConfig:
-    """metric: what is differentiated. memory_mb: what a batch may take (None: .4 of what the weights take, at least 96).
+    """metric: what is differentiated. memory_mb: what a batch may take (None: .4 of what the weights take, at least
+    96).
 
     reuse_prefix: run the tokens that a pair shares once, from the cache; the scores are the same either way.
     """
@@ -64,8 +67,8 @@ class EapConfig:
 class EapIgConfig(EapConfig):
     """steps: nodes of the integral from counterfactual to clean. rule: where they lie.
 
-    "left" is the left Riemann sum of the method's authors (its first node is the counterfactual run, the clean run is never
-    visited), "midpoint" and "gauss" (Gauss-Legendre) are more exact for the same number of steps.
+    "left" is the left Riemann sum of the method's authors (its first node is the counterfactual run, the clean run is
+    never visited), "midpoint" and "gauss" (Gauss-Legendre) are more exact for the same number of steps.
     """
 
     steps: int = 5
@@ -76,9 +79,9 @@ class EapIgConfig(EapConfig):
 class AttributionResult(Result):
     """Scores of nodes, and for edge methods of all edges: `tensors["scores"]` [sources, readers], float64.
 
-    A score estimates how much the metric falls when the node or edge carries its counterfactual value: positive speaks for
-    the clean behavior (for KL and rank the sign is turned, so that this holds). `tables["nodes"]`: node, layer, score (a node's
-    score is the sum over its edges); `tables["edges"]`: source, target, score.
+    A score estimates how much the metric falls when the node or edge carries its counterfactual value: positive speaks
+    for the clean behavior (for KL and rank the sign is turned, so that this holds). `tables["nodes"]`: node, layer,
+    score (a node's score is the sum over its edges); `tables["edges"]`: source, target, score.
     """
 
     kind: ClassVar[str] = "attribution"
@@ -113,8 +116,8 @@ class AttributionResult(Result):
     ) -> Circuit:
         """The circuit of the best edges, without dangling parts (so it may have fewer than asked for).
 
-        edges, fraction or threshold: its size. rank: by |score| ("abs") or score ("signed"); the two differ much. how: the best
-        edges anywhere ("topn"), or grown from the logits ("greedy").
+        edges, fraction or threshold: its size. rank: by |score| ("abs") or score ("signed"); the two differ much. how:
+        the best edges anywhere ("topn"), or grown from the logits ("greedy").
         """
         mask = select(
             self.graph,
@@ -172,38 +175,39 @@ def eap(model: "Model", behavior: "Behavior", *, config: EapConfig | None = None
     """Edge attribution patching (Syed et al., 2023): every edge's score from two forwards and one backward.
 
     score(u -> r) = mean over pairs of the sum over positions of (u's write on the prompt - on the counterfactual) . the
-    gradient of the metric at the stream as r reads it, on the prompt. Scores are computed on `behavior.train` where there is a
-    split. Options are those of `EapConfig`. Known failure: where the gradient vanishes (saturated attention or softmax), an
-    edge that matters scores near zero; `eap_ig` visits the way in between.
+    gradient of the metric at the stream as r reads it, on the prompt. Scores are computed on `behavior.train` where
+    there is a split. Options are those of `EapConfig`. Known failure: where the gradient vanishes (saturated attention
+    or softmax), an edge that matters scores near zero; `eap_ig` visits the way in between.
 
-    Raises ModelError for a model without a circuit graph (post-norm, recurrent, encoder-decoder), MethodError for a metric
-    without gradient.
+    Raises ModelError for a model without a circuit graph (post-norm, recurrent, encoder-decoder), MethodError for a
+    metric without gradient.
     """
-    config = configured(EapConfig, config, options)
-    if config.metric == "kl":
+    used = configured(EapConfig, config, options)
+    if used.metric == "kl":
         raise MethodError(
             "the gradient of KL is zero on the clean run, where EAP takes it",
             wanted="logit_diff or prob_diff",
             fix="Use eap_ig for KL",
         )
-    return _score_edges("eap", model, behavior, config, [(1.0, 1.0)])
+    return _score_edges("eap", model, behavior, used, [(1.0, 1.0)])
 
 
 @methods.register("eap_ig")
 def eap_ig(
     model: "Model", behavior: "Behavior", *, config: EapIgConfig | None = None, **options: Any
 ) -> AttributionResult:
-    """EAP with integrated gradients over the input embeddings (Hanna et al., 2024): gradients averaged on the way in between.
+    """EAP with integrated gradients over the input embeddings (Hanna et al., 2024): gradients averaged on the way in
+    between.
 
-    The stream that enters the first block goes from the counterfactual's to the prompt's in `steps` nodes; edges are scored
-    once with the averaged gradients. With `rule="left"` the scores are those of the authors' EAP-IG (inputs), up to their division
-    by the batch size. Options are those of `EapIgConfig`. Known failure: interpolated embeddings are no text, so gradients on the
-    way may be those of states that never occur.
+    The stream that enters the first block goes from the counterfactual's to the prompt's in `steps` nodes; edges are
+    scored once with the averaged gradients. With `rule="left"` the scores are those of the authors' EAP-IG (inputs),
+    up to their division by the batch size. Options are those of `EapIgConfig`. Known failure: interpolated embeddings
+    are no text, so gradients on the way may be those of states that never occur.
 
     Raises as `eap` does.
     """
-    config = configured(EapIgConfig, config, options)
-    return _score_edges("eap_ig", model, behavior, config, integration_nodes(config.steps, config.rule))
+    used = configured(EapIgConfig, config, options)
+    return _score_edges("eap_ig", model, behavior, used, integration_nodes(used.steps, used.rule))
 
 
 def integration_nodes(steps: int, rule: Rule) -> list[tuple[float, float]]:
@@ -222,9 +226,9 @@ def integration_nodes(steps: int, rule: Rule) -> list[tuple[float, float]]:
     )
 
 
-def configured(kind: type[Any], config: Any, options: dict[str, Any]) -> Any:
+def configured(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
     """One config from a given one or from keywords; an unknown option is refused by name."""
-    known = kind.__dataclass_fields__
+    known = [field.name for field in fields(kind)]
     for name in options:
         if name not in known:
             raise MethodError(f"unknown option of {kind.__name__}", got=repr(name), wanted=did_you_mean(name, known))

@@ -9,7 +9,7 @@ correction. Nothing is split by head in the forward, and no gradient of a weight
 Shapes: N = B T positions run, D width, R attention readers of a layer, S sources.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -59,7 +59,8 @@ class EdgeScorer:
     # --- one batch
 
     def add(self, batch: Batch, nodes: Sequence[tuple[float, float]]) -> None:
-        """Add a batch's scores: the gradient averaged over `nodes` (place between counterfactual 0 and clean 1, weight).
+        """Add a batch's scores: the gradient averaged over `nodes` (place between counterfactual 0 and clean 1,
+        weight).
 
         One node at 1 is EAP. A node at 0 is the counterfactual run itself, which is run anyway.
         """
@@ -70,12 +71,12 @@ class EdgeScorer:
             clean_ids, corrupt_ids = batch.clean[:, batch.prefix :], batch.corrupt[:, batch.prefix :]
             recorded: list[tuple[Gradients, float]] = []
             clean = engine.run(clean_ids, past, gradients=1.0 in at)
-            assert clean.logits is not None and clean.embed is not None  # noqa: S101, PT018
+            assert clean.logits is not None and clean.embed is not None
             reference = clean.logits.detach()
             if 1.0 in at:
                 recorded.append((self._gradients(batch, clean, reference), at[1.0]))
             corrupt = engine.run(corrupt_ids, past, gradients=0.0 in at)
-            assert corrupt.embed is not None  # noqa: S101
+            assert corrupt.embed is not None
             self._clean.append(self.metric(batch, reference, reference))
             self._corrupt.append(self.metric(batch, corrupt.logits.detach(), reference))  # type: ignore[union-attr]
             if 0.0 in at:
@@ -97,7 +98,7 @@ class EdgeScorer:
             self._contract(clean, corrupt, held)
 
     def _gradients(self, batch: Batch, seen: Seen, reference: Tensor) -> Gradients:
-        assert seen.logits is not None and seen.final is not None  # noqa: S101, PT018
+        assert seen.logits is not None and seen.final is not None
         made = [(index, module) for index, layer in enumerate(self.layers) for module in layer.projections]
         wanted = [*(seen.made[i][m] for i, m in made), *seen.mlp_in, seen.final]
         with torch.enable_grad():
@@ -154,7 +155,7 @@ class EdgeScorer:
         return norm.vjp(_flat(gradients.mlp_in[index]).to(self.work), x) * weight
 
     def _fold(self, index: int, name: PartName) -> tuple[Tensor, Tensor | None]:
-        """(weights [heads, K, D] as they read the standardized stream, what they give for a standardized stream of 0)."""
+        """(weights [heads, K, D] as they read the standardized stream, what they give where that is 0)."""
         if (index, name) not in self._folded:
             layer = self.layers[index]
             part, norm = layer.parts[name], layer.norm
@@ -197,7 +198,8 @@ class EdgeScorer:
         """One recorded pass: each layer's reader gradients are made, used, and overwritten by the next layer's."""
         gradients, weight = one
         readers = self.graph.per_layer
-        rows = torch.empty(readers + 1, *_flat(clean.embed).shape, dtype=self.work, device=gradients.final.device)  # type: ignore[arg-type]
+        assert clean.embed is not None
+        rows = torch.empty(readers + 1, *_flat(clean.embed).shape, dtype=self.work, device=clean.embed.device)
 
         def rows_of(index: int) -> Tensor:
             # sequential: the MLP of the layer before reads what this layer's attention reads, but for itself
@@ -216,8 +218,8 @@ class EdgeScorer:
     def _contract(self, clean: Seen, corrupt: Seen, held: "_ReaderGradients") -> None:
         self._score_layers(clean, corrupt, held.rows_of, held.final)
 
-    def _score_layers(self, clean: Seen, corrupt: Seen, rows_of, final: Tensor) -> None:  # type: ignore[no-untyped-def]
-        assert clean.embed is not None and corrupt.embed is not None  # noqa: S101, PT018
+    def _score_layers(self, clean: Seen, corrupt: Seen, rows_of: Callable[[int], Tensor], final: Tensor) -> None:
+        assert clean.embed is not None and corrupt.embed is not None
         graph, last = self.graph, len(self.layers)
         entering = _flat(clean.embed).to(self.work) - _flat(corrupt.embed).to(self.work)
         sources = torch.empty(len(graph.sources), *entering.shape, dtype=self.work, device=entering.device)
@@ -240,10 +242,13 @@ class EdgeScorer:
 
 
 class _ReaderGradients:
-    """Gradients of all readers summed over several recorded passes, so that edges are scored once: [readers - 1, N, D]."""
+    """Gradients of all readers summed over several recorded passes, so that edges are scored once.
+
+    rows: [readers - 1, N, D], every reader but the logits; final: [B, D], the logits' at the last position.
+    """
 
     def __init__(self, scorer: EdgeScorer, like: Seen) -> None:
-        assert like.embed is not None  # noqa: S101
+        assert like.embed is not None
         shape = _flat(like.embed).shape
         self.scorer, self.graph = scorer, scorer.graph
         self.rows = torch.empty(len(self.graph.readers) - 1, *shape, dtype=scorer.work, device=like.embed.device)

@@ -1,10 +1,10 @@
 """Run a model with every edge outside a circuit carrying its counterfactual value.
 
-Each reader reads the counterfactual stream plus, for each of its edges in the circuit, what its source writes more in this
-run than in the counterfactual one. The counterfactual pass is made once for all circuits; what a circuit does not change is
-not computed again: readers without an edge, MLPs, attentions and whole blocks repeat what they gave then. Circuits are pruned first; that
-changes nothing but where a norm follows the output projection (Gemma2): there, heads that lead nowhere would still share in
-its deviation.
+Each reader reads the counterfactual stream plus, for each of its edges in the circuit, what its source writes more in
+this run than in the counterfactual one. The counterfactual pass is made once for all circuits; what a circuit does not
+change is not computed again: readers without an edge, MLPs, attentions and whole blocks repeat what they gave then.
+Circuits are pruned first; that changes nothing but where a norm follows the output projection (Gemma2): there, heads
+that lead nowhere would still share in its deviation.
 
 Shapes: N = B T positions run, D width, A sources with an edge in the circuit, R readers of a layer with one.
 """
@@ -50,7 +50,7 @@ class CircuitRunner:
             clean_ids, corrupt_ids = batch.clean[:, batch.prefix :], batch.corrupt[:, batch.prefix :]
             reference, entered = self._clean(clean_ids, past)
             once = _Once(self, corrupt_ids, past)
-            assert once.seen.logits is not None  # noqa: S101
+            assert once.seen.logits is not None
             found = []
             for mask in masks:
                 logits = once.run(prune(self.graph, mask), entered, clean_ids, past)
@@ -95,12 +95,14 @@ class _Once:
 
 
 class _Live:
-    """One run of one circuit: which readers are live, and what each live source writes more than in the counterfactual."""
+    """One run of one circuit: which readers are live, and what each live source writes more than in the
+    counterfactual.
+    """
 
     def __init__(self, once: _Once, mask: Tensor, entered: Tensor) -> None:
         self.once, self.graph, self.layers = once, once.graph, once.layers
         embed = once.seen.embed
-        assert embed is not None  # noqa: S101
+        assert embed is not None
         self.shape = embed.shape
         self.mask = mask
         self.place = {source: i for i, source in enumerate(mask.any(dim=1).nonzero().flatten().tolist())}
@@ -112,7 +114,7 @@ class _Live:
     def run(self, ids: Tensor, past: Any) -> Tensor:
         once, engine = self.once, self.once.engine
         final = once.seen.final
-        assert final is not None and once.seen.logits is not None  # noqa: S101, PT018
+        assert final is not None and once.seen.logits is not None
         if not bool(self.mask[:, -1].any()):
             return once.seen.logits
 

@@ -1,4 +1,4 @@
-"""How good a circuit is: faithfulness with its interval, completeness, minimality, its curve over sizes, and its null."""
+"""How good a circuit is: faithfulness with its interval, completeness, minimality, a curve over sizes, its null."""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 class FaithfulnessResult(Result):
     """`tables["curve"]`: fraction, edges, faithfulness, lo, hi, metric (its name), value (its mean); one row a circuit.
 
-    facts: faithfulness, lo, hi (of the last row), full and corrupt (the metric's mean on prompt and counterfactual), n pairs,
-    and for a curve cpr and cmd. `tensors`: values [circuits, n], clean [n], corrupt [n].
+    facts: faithfulness, lo, hi (of the last row), full and corrupt (the metric's mean on prompt and
+    counterfactual), n pairs, and for a curve cpr and cmd. `tensors`: values [circuits, n], clean [n], corrupt [n].
     """
 
     kind: ClassVar[str] = "faithfulness"
@@ -50,7 +50,8 @@ class FaithfulnessResult(Result):
 
 @register_result
 class NullResult(Result):
-    """`tables["draws"]`: kind, draw, value (faithfulness of a random circuit). facts: observed, p, percentile, and p by kind.
+    """`tables["draws"]`: kind, draw, value (faithfulness of a random circuit). facts: observed, p, percentile, and p
+    by kind.
 
     A draw counts as at least as good when its faithfulness is at least as close to 1; p is the largest over the kinds.
     """
@@ -65,7 +66,9 @@ class NullResult(Result):
 
 @register_result
 class MinimalityResult(Result):
-    """`tables["nodes"]`: node, faithfulness (of the circuit without it), drop, lo, hi: what the node brings to the circuit."""
+    """`tables["nodes"]`: node, faithfulness (of the circuit without it), drop, lo, hi: what the node brings to the
+    circuit.
+    """
 
     kind: ClassVar[str] = "minimality"
     main: ClassVar[str] = "nodes"
@@ -94,9 +97,11 @@ def evaluate_masks(
     label: str = "circuits",
     memory_mb: float | None = None,
 ) -> Values:
-    """The metric of many circuits (masks [sources, readers]) on a behavior's pairs, all on one counterfactual pass a batch.
+    """The metric of many circuits (masks [sources, readers]) on a behavior's pairs, all on one counterfactual pass a
+    batch.
 
-    Raises MethodError where prompt and counterfactual give the same metric, so that no circuit can account for the difference.
+    Raises MethodError where prompt and counterfactual give the same metric, so that no circuit can account for the
+    difference.
     """
     engine, scored = Engine(model), Scored.named(metric)
     graph = engine.wiring.graph
@@ -214,7 +219,7 @@ def minimality(
     nodes: Iterable[str] | None = None,
     model: "Model | None" = None,
 ) -> MinimalityResult:
-    """See `Circuit.minimality`. `nodes`: which ones to leave out one at a time (all but input and logits by default)."""
+    """See `Circuit.minimality`. `nodes`: which to leave out one at a time (all but input and logits unless said)."""
     started = time.monotonic()
     used = model or circuit.model
     left_out = list(nodes) if nodes is not None else [n for n in circuit.nodes if n not in ("input", "logits")]

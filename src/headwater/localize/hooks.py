@@ -52,7 +52,9 @@ def on_output(stack: ExitStack, module: nn.Module, act: Callable[[Any], Any]) ->
 
 
 def replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., Any]) -> None:
-    """Run `forward` in place of the module's own arithmetic until `stack` closes: what it would compute is not computed."""
+    """Run `forward` in place of the module's own arithmetic until `stack` closes: what it would compute is not
+    computed.
+    """
     before = module.__dict__.get("forward")
 
     def restore() -> None:

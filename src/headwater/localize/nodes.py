@@ -1,4 +1,6 @@
-"""Attribution patching of nodes (AtP): what each head and MLP is worth to first order, from two forwards and one backward."""
+"""Attribution patching of nodes (AtP): what each head and MLP is worth to first order, from two forwards and one
+backward.
+"""
 
 import time
 from contextlib import ExitStack
@@ -35,8 +37,8 @@ Positions = Literal["all", "named", "each"]
 
 @dataclass(frozen=True, kw_only=True)
 class AtpConfig:
-    """metric: what is differentiated. positions: "all" (summed), "named" (the behavior's named positions, and the rest as
-    `other`), or "each" (counted from the end: -1 is where the answer is read). memory_mb, reuse_prefix: as for EAP.
+    """metric: what is differentiated. positions: "all" (summed), "named" (the behavior's named positions, and the rest
+    as `other`), or "each" (counted from the end: -1 is where the answer is read). memory_mb, reuse_prefix: as for EAP.
     """
 
     metric: str = "logit_diff"
@@ -47,32 +49,33 @@ class AtpConfig:
 
 @methods.register("atp")
 def atp(model: "Model", behavior: "Behavior", *, config: AtpConfig | None = None, **options: Any) -> AttributionResult:
-    """Attribution patching (Nanda, 2023): for each node, (its write on the prompt - on the counterfactual) . the metric's
-    gradient at the stream it writes to, on the prompt; summed over positions, mean over pairs.
+    """Attribution patching (Nanda, 2023): for each node, (its write on the prompt - on the counterfactual) . the
+    metric's gradient at the stream it writes to, on the prompt; summed over positions, mean over pairs.
 
-    A node's score equals the sum of its edges' EAP scores. It estimates how much the metric falls when the node carries its
-    counterfactual value. Scored on `behavior.train` where there is a split. With `positions`, `tables["nodes"]` has a column
-    `position` and `tensors["positions"]` the scores. Options are those of `AtpConfig`. Known failure: saturated attention and
-    cancellation between direct and indirect effects give false negatives; confirm by `patch`.
+    A node's score equals the sum of its edges' EAP scores. It estimates how much the metric falls when the node
+    carries its counterfactual value. Scored on `behavior.train` where there is a split. With `positions`,
+    `tables["nodes"]` has a column `position` and `tensors["positions"]` the scores. Options are those of `AtpConfig`.
+    Known failure: saturated attention and cancellation between direct and indirect effects give false negatives;
+    confirm by `patch`.
 
     Raises ModelError for a model without a circuit graph, MethodError for a metric without gradient.
     """
-    config = configured(AtpConfig, config, options)
-    if config.positions not in ("all", "named", "each"):
-        wanted = did_you_mean(str(config.positions), ["all", "named", "each"])
-        raise MethodError("unknown choice of positions", got=repr(config.positions), wanted=wanted)
-    if config.metric == "kl":
+    used = configured(AtpConfig, config, options)
+    if used.positions not in ("all", "named", "each"):
+        wanted = did_you_mean(str(used.positions), ["all", "named", "each"])
+        raise MethodError("unknown choice of positions", got=repr(used.positions), wanted=wanted)
+    if used.metric == "kl":
         raise MethodError(
             "the gradient of KL is zero on the clean run, where AtP takes it", wanted="logit_diff or prob_diff"
         )
     started = time.monotonic()
-    metric = Scored.named(config.metric, differentiable=True)
+    metric = Scored.named(used.metric, differentiable=True)
     engine = Engine(model)
     graph = engine.wiring.graph
     pairs = for_discovery(behavior)
     bound = pairs.bind(model)
-    reuse = config.reuse_prefix and can_reuse_prefix(engine)
-    at_once = tokens_at_once(model, graph.d_model * 30 * graph.n_layers, config.memory_mb)
+    reuse = used.reuse_prefix and can_reuse_prefix(engine)
+    at_once = tokens_at_once(model, graph.d_model * 30 * graph.n_layers, used.memory_mb)
     batches = make_batches(bound, at_once, reuse_prefix=reuse)
     scorer = _NodeScorer(engine, metric)
     total = torch.zeros(len(graph.sources), dtype=torch.float64)
@@ -80,12 +83,12 @@ def atp(model: "Model", behavior: "Behavior", *, config: AtpConfig | None = None
     for batch in track(batches, "atp"):
         scores = scorer.scores(batch)
         total += scores.sum(dim=(1, 2))
-        for name, part in _by_position(scores, batch, config.positions).items():
+        for name, part in _by_position(scores, batch, used.positions).items():
             places[name] = places.get(name, torch.zeros_like(total)) + part
-    sign = (-1.0 if config.metric in LOWER_IS_BETTER else 1.0) / bound.n
+    sign = (-1.0 if used.metric in LOWER_IS_BETTER else 1.0) / bound.n
     tensors = {"node_scores": total * sign}
     table = node_table(graph, total * sign)
-    if config.positions != "all":
+    if used.positions != "all":
         names = sorted(
             places, key=lambda name: (not name.lstrip("-").isdigit(), int(name) if name.lstrip("-").isdigit() else 0)
         )
@@ -96,7 +99,7 @@ def atp(model: "Model", behavior: "Behavior", *, config: AtpConfig | None = None
         table = pl.concat(rows)
     facts = {
         "method": "atp",
-        "metric": config.metric,
+        "metric": used.metric,
         "n": bound.n,
         "clean": scorer.mean(scorer.clean),
         "corrupt": scorer.mean(scorer.corrupt),
@@ -106,7 +109,7 @@ def atp(model: "Model", behavior: "Behavior", *, config: AtpConfig | None = None
         tables={"nodes": table},
         tensors=tensors,
         facts=facts,
-        config={"method": "atp", **asdict(config)},
+        config={"method": "atp", **asdict(used)},
         provenance=Provenance.collect(model, pairs, seconds=time.monotonic() - started),
     )
     return result.bind(model)
@@ -149,14 +152,14 @@ class _NodeScorer:
             past = engine.prefix_cache(batch)
             corrupt = engine.run(batch.corrupt[:, batch.prefix :], past)
             clean, writes = self._recorded(batch.clean[:, batch.prefix :], past)
-            assert clean.logits is not None  # noqa: S101
+            assert clean.logits is not None
             reference = clean.logits.detach()
             with torch.enable_grad():
                 value = self.metric(batch, clean.logits, reference)
                 gradients = torch.autograd.grad(value.sum(), writes)
             self.clean.append(value.detach())
             self.corrupt.append(self.metric(batch, corrupt.logits, reference))  # type: ignore[arg-type]
-            assert clean.embed is not None and corrupt.embed is not None  # noqa: S101, PT018
+            assert clean.embed is not None and corrupt.embed is not None
             shape = clean.embed.shape[:2]
             rows = [((clean.embed - corrupt.embed) * gradients[0]).sum(dim=-1)[None]]
             for index, layer in enumerate(self.layers):

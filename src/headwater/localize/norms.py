@@ -1,4 +1,6 @@
-"""Normalizations as arithmetic: which of the known forms a module is gets measured, so that Jacobians are exact and cheap."""
+"""Normalizations as arithmetic: which of the known forms a module is gets measured, so that Jacobians are exact and
+cheap.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -14,8 +16,8 @@ _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 4e-2, to
 class Norm:
     """A norm y = gain * (x - center(x)) / sigma + bias, or none, or a module whose form is not known.
 
-    kind: "none" (no module: y = x), "rms", "layer", or "module" (only autograd knows). `plus_one`: the gain is 1 + weight.
-    Weights are read when they are used, so edits of the model are seen.
+    kind: "none" (no module: y = x), "rms", "layer", or "module" (only autograd knows). `plus_one`: the gain is 1 +
+    weight. Weights are read when they are used, so edits of the model are seen.
     """
 
     module: nn.Module | None
@@ -42,7 +44,9 @@ class Norm:
         return x * inverse, inverse
 
     def fold(self, weight: Tensor) -> Tensor:
-        """`weight` [..., D], which reads y, made to read the standardized x: times the gain, without what centring removes."""
+        """`weight` [..., D], which reads y, made to read the standardized x: times the gain, without what centring
+        removes.
+        """
         gain = self.gain(weight.dtype)
         folded = weight if gain is None else weight * gain
         return folded - folded.mean(dim=-1, keepdim=True) if self.kind == "layer" else folded

@@ -97,7 +97,8 @@ class Engine:
             yield
 
     def narrow(self, stack: ExitStack) -> None:
-        """Until `stack` closes, what the last block adds is computed at the last position only, the only one that is read.
+        """Until `stack` closes, what the last block adds is computed at the last position only, the only one that is
+        read.
 
         Its other positions then hold broadcast copies that nobody may use. Done only where `can_narrow` measured it.
         """
@@ -195,12 +196,14 @@ class Engine:
         """One pass over the positions after the prefix, and what it saw; recorded by autograd if `gradients`."""
         seen = Seen()
         with ExitStack() as stack, torch.set_grad_enabled(gradients):
-            start = enter
-            if gradients:
-                start = lambda x: (
-                    (x if enter is None or (new := enter(x)) is None else new).detach().requires_grad_(True)
-                )  # noqa: E731
-            self.watch(stack, seen, enter=start, readers=readers or gradients, gradients=gradients)
+
+            def leaf(x: Tensor) -> Tensor:
+                new = enter(x) if enter else None
+                return (x if new is None else new).detach().requires_grad_(True)
+
+            self.watch(
+                stack, seen, enter=leaf if gradients else enter, readers=readers or gradients, gradients=gradients
+            )
             seen.logits = self.forward(ids, past)
         return seen
 
@@ -223,7 +226,9 @@ def shared_prefix(clean: Tensor, corrupt: Tensor) -> Tensor:
 
 
 def make_batches(bound: "Bound", tokens_at_once: int, *, reuse_prefix: bool = True) -> list[Batch]:
-    """Pairs in batches of one length, those with long shared prefixes together, about `tokens_at_once` positions to run."""
+    """Pairs in batches of one length, those with long shared prefixes together, about `tokens_at_once` positions to
+    run.
+    """
     batches: list[Batch] = []
     for group in bound.groups:
         prefixes = shared_prefix(group.clean, group.corrupt)

@@ -15,6 +15,7 @@ from headwater.core.errors import MethodError, SiteError, did_you_mean
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.core.sites import Site
+from headwater.localize.attribution import methods
 from headwater.localize.passes import (
     Batch,
     Engine,
@@ -40,10 +41,11 @@ _MAX_TOKENS = 4096
 class PatchConfig:
     """sites: what to patch, each `kind[.layer][.hN][@position]`.
 
-    Kinds: resid_pre, resid_post, attn_out, mlp_out, head; without a layer (or head) every one is meant. `@*`: each position apart,
-    counted from the end; `@END`, `@S2`: a named position of the behavior; `@-1`: an index; without `@`: all positions at once.
-    direction: "denoise" puts the prompt's value into the counterfactual run, "noise" the counterfactual's into the prompt's.
-    memory_mb: what a batch may take (None: .4 of what the weights take, at least 96).
+    Kinds: resid_pre, resid_post, attn_out, mlp_out, head; without a layer (or head) every one is meant. `@*`: each
+    position apart, counted from the end; `@END`, `@S2`: a named position of the behavior; `@-1`: an index; without
+    `@`: all positions at once. direction: "denoise" puts the prompt's value into the counterfactual run, "noise" the
+    counterfactual's into the prompt's. memory_mb: what a batch may take (None: .4 of what the weights take, at least
+    96).
     """
 
     sites: tuple[str, ...] = ("head",)
@@ -56,9 +58,9 @@ class PatchConfig:
 class PatchingResult(Result):
     """`tables["effects"]`: site, kind, layer, head, position, effect, lo, hi, n, direction; one row a patched site.
 
-    The effect is a ratio of means over pairs: 0 leaves the run as it was, 1 moves the metric all the way to the other run.
-    facts: clean and corrupt (the metric's means), metric, n. `tensors`: values [sites, n] (NaN where a pair has no such position),
-    clean and corrupt [n].
+    The effect is a ratio of means over pairs: 0 leaves the run as it was, 1 moves the metric all the way to the other
+    run. facts: clean and corrupt (the metric's means), metric, n. `tensors`: values [sites, n] (NaN where a pair has
+    no such position), clean and corrupt [n].
     """
 
     kind: ClassVar[str] = "patching"
@@ -69,6 +71,7 @@ class PatchingResult(Result):
         return self.tables["effects"].sort(pl.col("effect").abs(), descending=True).head(n)
 
 
+@methods.register("patch")
 def patch(
     model: "Model",
     behavior: "Behavior",
@@ -78,14 +81,17 @@ def patch(
     metric: str = "logit_diff",
     memory_mb: float | None = None,
 ) -> PatchingResult:
-    """Patch every wanted site in turn and measure its effect (Meng et al., 2022; Zhang & Nanda, 2024). Exact, no approximation.
+    """Patch every wanted site in turn and measure its effect (Meng et al., 2022; Zhang & Nanda, 2024). Exact, no
+    approximation.
 
-    Runs on `behavior.train` where there is a split. See `PatchConfig` for `sites`. Denoising finds what is enough to bring
-    the behavior back, noising what it cannot do without; known failure: backup heads hide each other from noising.
+    Runs on `behavior.train` where there is a split. See `PatchConfig` for `sites`. Denoising finds what is enough to
+    bring the behavior back, noising what it cannot do without; known failure: backup heads hide each other from
+    noising.
 
     >>> hw.localize.patch(model, ioi, sites=["head", "resid_pre@*"]).top(5)  # doctest: +SKIP
 
-    Raises SiteError for an unknown kind, layer, head or position, ModelError for a model whose blocks are not a sum of writes.
+    Raises SiteError for an unknown kind, layer, head or position, ModelError for a model whose blocks are not a sum of
+    writes.
     """
     started = time.monotonic()
     wanted = (sites,) if isinstance(sites, str) else tuple(sites)

@@ -1,8 +1,8 @@
 """Many patches of one model at the least cost: each starts where it first changes something.
 
-A patch at layer L starts from the base run's stream at L (or L + 1, or in the middle of L behind its attention); patches are
-stacked along the batch; positions before the first changed one come from the base run's keys and values; a patch of what the
-last layer adds is run at the last position only; and the unembedding reads that position only.
+A patch at layer L starts from the base run's stream at L (or L + 1, or in the middle of L behind its attention);
+patches are stacked along the batch; positions before the first changed one come from the base run's keys and values; a
+patch of what the last layer adds is run at the last position only; and the unembedding reads that position only.
 
 Shapes: B pairs, T positions of the prompt, D width, R patches stacked.
 """
@@ -54,7 +54,7 @@ class _Record:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """A patch made ready: where the run starts, from which position, and the tensor [B, T - first, D] it starts with."""
+    """A patch made ready: where its run starts, from which position, and the [B, T - first, D] to start with."""
 
     target: Target
     start: int
@@ -79,7 +79,7 @@ class Sweep:
         before = self._cache(self.prefix, 1, 0) if self.prefix else None
         self.other, _ = self._record(other_ids[:, self.prefix :], before, cached=False)
         clean = self.base.logits if base_is_clean else self.other.logits
-        assert clean is not None and self.base.logits is not None and self.other.logits is not None  # noqa: S101, PT018
+        assert clean is not None and self.base.logits is not None and self.other.logits is not None
         self.reference = clean
         self.base_value = metric(batch, self.base.logits, clean)
         self.other_value = metric(batch, self.other.logits, clean)
@@ -210,7 +210,7 @@ class Sweep:
         """What attention gives with one head's values taken from the other run."""
         at, layer = target.layer, self.layers[target.layer]
         base, width = self.base, layer.attention.d_value
-        assert target.head is not None  # noqa: S101 - only heads come here
+        assert target.head is not None
         cut = slice(target.head * width, (target.head + 1) * width)
         ours = base.z[at][..., cut]
         theirs = self._mixed(ours, self._whole(self.other.z[at][..., cut], ours), first, where)
@@ -258,7 +258,9 @@ class Sweep:
             return self.engine.forward(ids, self._cache(first, repeats, start) if first else None)
 
     def _after_attention(self, stack: ExitStack, index: int, given: Tensor) -> None:
-        """Have a block's attention give `given` at the port where it is added, without running it where that is possible."""
+        """Have a block's attention give `given` at the port where it is added, without running it where that is
+        possible.
+        """
         layer = self.layers[index]
         module, port = layer.attention.module, layer.attention.write.port
         whole = self.base.outputs[module]

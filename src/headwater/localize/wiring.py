@@ -17,7 +17,7 @@ from headwater.core.anatomy import Anatomy, Attention, Block, Mlp, is_norm, line
 from headwater.core.attention import attention_session, method_session
 from headwater.core.errors import ModelError
 from headwater.localize.graph import Graph
-from headwater.localize.hooks import frozen, on_input, on_port, on_output
+from headwater.localize.hooks import frozen, on_input, on_output, on_port
 from headwater.localize.norms import Norm, measure_norm
 
 PartName = Literal["q", "k", "v"]
@@ -74,7 +74,9 @@ _known: "WeakKeyDictionary[nn.Module, Wiring]" = WeakKeyDictionary()
 
 
 def wiring_of(model: Any) -> Wiring:
-    """The wiring of a headwater Model; measured once a `transformers` module. Raises ModelError with what does not hold."""
+    """The wiring of a headwater Model; measured once a `transformers` module. Raises ModelError with what does not
+    hold.
+    """
     if model.hf not in _known:
         _known[model.hf] = measure(model.hf, model.anatomy)
     return _known[model.hf]
@@ -151,8 +153,8 @@ def _measure_layers(hf: nn.Module, name: str, blocks: tuple[Block, ...], width: 
         signatures: dict[Any, dict[PartName, tuple[str, Tensor]]] = {}
         for block, qkv in zip(blocks, seen, strict=True):
             attention, mlp = block.attention, block.mlp
-            assert attention is not None  # noqa: S101 - `_refuse_unfit` has seen to it
-            assert mlp is not None  # noqa: S101
+            assert attention is not None
+            assert mlp is not None
             names = {module: path for path, module in attention.module.named_modules()}
             linears = [m for m in names if _is_linear(m) and m is not attention.out_proj and m in outputs]
             signature = tuple((names[m], tuple(m.weight.shape)) for m in linears)  # type: ignore[union-attr]
@@ -162,7 +164,9 @@ def _measure_layers(hf: nn.Module, name: str, blocks: tuple[Block, ...], width: 
                     for part in ("q", "k", "v")
                 }
             by_name = {path: module for module, path in names.items()}
-            parts = {part: Part(by_name[path], rows) for part, (path, rows) in signatures[signature].items()}
+            parts: dict[PartName, Part] = {
+                part: Part(by_name[path], rows) for part, (path, rows) in signatures[signature].items()
+            }
             post = _post_norm(name, block.index, attention, outputs, inputs, width)
             norms = measure_norm(attention.norm, width), measure_norm(mlp.norm, width)
             layers.append(Layer(block, attention, mlp, parts, *norms, post))
@@ -188,7 +192,7 @@ def _catch_qkv(stack: ExitStack, blocks: tuple[Block, ...], seen: list[dict[str,
     names: set[str] = set()
     for block, store in zip(blocks, seen, strict=True):
         attention = block.attention
-        assert attention is not None  # noqa: S101
+        assert attention is not None
 
         def handler(
             original: Any, module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, *, _store: Any = store, **kw: Any
@@ -221,8 +225,8 @@ def _rows(
 ) -> tuple[str, Tensor]:
     """Which linear module, and which rows of it, make each head of q, k or v: those that its gradient reaches.
 
-    Where a norm after the projection spans all heads (OLMo2), the rows are found behind that norm: a head's query is its
-    rows of the projection, and the norm works on the rows put together.
+    Where a norm after the projection spans all heads (OLMo2), the rows are found behind that norm: a head's query is
+    its rows of the projection, and the norm works on the rows put together.
     """
     heads, width = states.shape[1], states.shape[-1]
     generator = torch.Generator().manual_seed(2)
@@ -271,7 +275,7 @@ def _post_norm(
     norm = measure_norm(module, width)
     if norm.kind not in ("rms", "layer") or inputs.get(module) is None:
         raise ModelError(
-            f"{name}: the norm after attention in layer {layer} is of an unknown form, so heads have no write of their own",
+            f"{name}: heads of layer {layer} have no write of their own: the norm after attention has an unknown form",
             got=type(module).__name__,
             wanted="LayerNorm or RMSNorm",
         )
@@ -282,13 +286,19 @@ def _post_norm(
 
 
 def _check(hf: nn.Module, name: str, wiring: Wiring) -> None:
-    """Attention's whole gradient with respect to what it reads must be the sum over its heads' queries, keys and values."""
+    """Attention's whole gradient with respect to what it reads must be the sum over its heads' queries, keys and
+    values.
+    """
     reads: list[Tensor] = []
     made: dict[nn.Module, Tensor] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        reads.append(x.view_as(x))  # a tensor of its own to differentiate by
+        return reads[-1]
+
     with ExitStack() as stack, torch.enable_grad():
         on_port(stack, wiring.layers[0].block.input, lambda x: x.detach().requires_grad_(True))
         for layer in wiring.layers:
-            keep = lambda x: (reads.append(y := x.view_as(x)), y)[1]  # noqa: E731 - a tensor of its own to differentiate by
             if layer.norm.module is not None and not _shared(layer):
                 stack.callback(on_input(layer.norm.module, keep).remove)
             else:

@@ -128,7 +128,7 @@ def test_prompts_of_several_lengths_are_as_one_by_one(model: Model) -> None:
     ]
     assert together == apart
     # Beams multiply the rows; each keeps its prompt's own position and value.
-    settings = {"max_new_tokens": 4, "num_beams": 2}
+    settings: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 2}
     together = model.generate(
         prompts, interventions=[hw.add("resid_post.1@S", values)], positions={"S": where}, **settings
     )

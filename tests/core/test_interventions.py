@@ -1,7 +1,7 @@
 """Every operation against a hand-written hook on the raw transformers model, and what is refused."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -280,7 +280,7 @@ def test_a_value_is_differentiable() -> None:
         (lambda: hw.zero("resid_post.1@S3"), SiteError, "unknown position.*S2"),
         (lambda: hw.zero("resid_post.1@9:12"), SiteError, "never fired"),
         (lambda: hw.zero("resid_post.1", positions="decode"), SiteError, "never fired"),
-        (lambda: hw.zero("resid_post.1", positions=1.5), InterventionError, "cannot read the positions"),
+        (lambda: hw.zero("resid_post.1", positions=cast(Any, 1.5)), InterventionError, "cannot read the positions"),
         (lambda: hw.zero("resid_post.1", positions=slice(0, 6, 2)), InterventionError, "no step"),
         (lambda: hw.zero("resid_post.1@2", positions=3), InterventionError, "positions"),
     ],

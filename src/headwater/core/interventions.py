@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 from headwater.core.errors import InterventionError
 from headwater.core.sites import Position, Site, parse_position
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from headwater.core.model import Run
 
-Where = Position | list[int] | Literal["prompt", "decode", "all"] | None
+Where = Union[Position, list[int], "torch.Tensor", Literal["prompt", "decode", "all"], None]
+"""Which tokens: see `Intervention`. A tensor [n_prompts] gives each prompt a position of its own."""
 Op = Literal["replace", "zero", "add", "project_out", "swap_subspace", "clamp"]
 
 

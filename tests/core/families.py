@@ -1,4 +1,4 @@
-"""Tiny random models of every family that headwater says it supports: (name, factory of a transformers model, traits)."""
+"""Tiny random models of every family that headwater says it supports: name -> factory of a transformers model."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Speed and memory beside bare transformers and other libraries: one module a claim, all by `python -m benchmarks`."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import headwater as hw
 import tiny
 from headwater.cli import app
+from headwater.core.errors import SiteError
 
 GOOD = "prompt,counterfactual,answer,foil\n" + "The boys,The boy, are, is\nThe girls,The girl, are, is\n" * 1
 
@@ -44,25 +46,20 @@ def test_unknown_method(tiny_folder: Path) -> None:
 def test_unknown_site(tiny_folder: Path) -> None:
     localize = ("localize", "patch", "ioi", "--model", str(tiny_folder), "--n", "8", "--set")
     assert "resid_post" in refused(*localize, "sites=resid_pst.1", says="resid_pst")
-    refused(*localize, "sites=resid_post.7", says="no layer 7")
+    refused(*localize, "sites=resid_post.7", says="0 to 2")
     refused(*localize, "sites=head.1.h9", says="h9")
+    refused(*localize, "sites=head@S9", says="S9")
 
 
 def test_a_site_that_the_model_lacks(tmp_path: Path) -> None:
     import transformers
 
-    config = transformers.GPTNeoXConfig(
-        vocab_size=len(tiny.tiny_tokenizer()),
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=48,
-        max_position_embeddings=256,
-    )
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(tmp_path)
+    size = {"vocab_size": len(tiny.tiny_tokenizer()), "hidden_size": 32, "num_hidden_layers": 2}
+    transformers.MambaForCausalLM(transformers.MambaConfig(**size, state_size=4)).save_pretrained(tmp_path)
     tiny.tiny_tokenizer().save_pretrained(tmp_path)
-    options = ("--model", str(tmp_path), "--n", "8", "--set", "sites=resid_mid.1")
-    refused("localize", "patch", "ioi", *options, says="side by side")
+    refused("localize", "patch", "ioi", "--model", str(tmp_path), "--n", "8", says="no circuit graph")
+    with pytest.raises(SiteError, match="no attention"):
+        hw.load(tmp_path).run("When Mary", capture="pattern.1")
 
 
 def test_options_that_a_method_does_not_take(tiny_folder: Path) -> None:

@@ -1,11 +1,16 @@
 """localize: one method on one behavior of one model."""
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from headwater.cli.show import show, show_json, show_rows
+
+if TYPE_CHECKING:
+    from headwater.core.results import Result
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,12 +35,13 @@ def localize(
     """Ask where in a model a behavior comes from, with one method."""
     from headwater import behavior as behaviors
     from headwater.core.loading import load
-    from headwater.localize import methods
+    from headwater.localize.methods import methods
 
-    options = dict(_setting(text) for text in option or [])
     run = methods.get(method)
+    options = {"metric": metric, **dict(_setting(text) for text in option or [])}
+    _check_names(run, method, options)
     pairs = behaviors.make(behavior, n=n, seed=seed)
-    result = run(load(model), pairs, metric=metric, **options)
+    result = run(load(model), pairs, **options)
     if out is not None:
         result.save(out)
     frame = result.to_frame()
@@ -49,6 +55,19 @@ def localize(
     show_rows(rows, as_json=False, title=f"{method} on {pairs.name}: the {len(rows)} largest of {frame.height}")
     if out is not None:
         show(f"All of it: {out}")
+
+
+def _check_names(run: "Callable[..., Result]", method: str, options: dict[str, Any]) -> None:
+    """Refuse an option that the method's signature does not have (methods with a config check theirs themselves)."""
+    from headwater.core.errors import MethodError, did_you_mean
+
+    parameters = inspect.signature(run).parameters
+    if any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return
+    known = [name for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            raise MethodError(f"unknown option of {method}", got=repr(name), wanted=did_you_mean(name, known))
 
 
 def _setting(text: str) -> tuple[str, Any]:

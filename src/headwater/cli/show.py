@@ -17,7 +17,9 @@ def show_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool, title: str | 
         return
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold", show_edge=False)
+    if title:
+        show(title)
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     columns = list(rows[0]) if rows else []
     for column in columns:
         number = all(isinstance(row.get(column), int | float | None) for row in rows)

@@ -5,6 +5,7 @@ import math
 import pytest
 
 from headwater.report.words import (
+    beside,
     count,
     duration,
     estimate,
@@ -86,6 +87,12 @@ def test_lists_and_counts() -> None:
 )
 def test_an_estimate_shows_no_more_digits_than_its_interval_can_tell(given: tuple[float, ...], text: str) -> None:
     assert estimate(*given) == text
+
+
+def test_a_null_is_rounded_as_the_estimate_beside_it() -> None:
+    assert beside(1.19e-05, 0.72, 0.87) == "0"
+    assert beside(0.2084, 0.72, 0.87) == "0.21"
+    assert beside(1.19e-05, None, None) == "1.19e−05"
 
 
 def test_nothing_invisible_is_left_in_text() -> None:

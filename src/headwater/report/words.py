@@ -87,6 +87,14 @@ def estimate(value: Any, lo: Any = None, hi: Any = None) -> str:
     return f"{_rounded(found, low, high)} {interval(lo, hi)}"
 
 
+def beside(value: Any, lo: Any, hi: Any) -> str:
+    """A number that is compared with an estimate (a null's mean), rounded as the estimate is."""
+    found, low, high = finite(value), finite(lo), finite(hi)
+    if found is None or low is None or high is None:
+        return number(value)
+    return _rounded(found, low, high)
+
+
 def _rounded(value: float, lo: float, hi: float) -> str:
     """`value` with the decimals of an estimate between `lo` and `hi`: two as a rule, more where they lie closer."""
     size, width = max(abs(lo), abs(hi)), abs(hi - lo)

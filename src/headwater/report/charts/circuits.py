@@ -86,17 +86,19 @@ def faithfulness(result: Any, null: Any = None, size: float | None = None) -> An
     y = alt.Y("faithfulness:Q", title="faithfulness", scale=alt.Scale(zero=True, nice=True))
     base = alt.Chart(data(shown)).encode(x=x, y=y, description="tip:N", tooltip="tip:N")
     layers: list[Any] = []
+    seen = size is not None and min(sizes) <= 100 * size <= max(sizes)
     if (band := null_band(null)) is not None:
-        layers.append(
-            alt.Chart(data([band]))
-            .mark_rect(color=color("band"), opacity=0.5)
-            .encode(y="lo:Q", y2="hi:Q", description="tip:N")
-        )
+        if seen:  # the null circuits have the circuit's size, so they stand there and nowhere else
+            bar = alt.Chart(data([band | {"percent": 100 * (size or 0)}])).mark_rule(color=color("null"), strokeWidth=8)
+            layers.append(bar.encode(x=x, y="lo:Q", y2="hi:Q", description="tip:N"))
+        else:
+            area = alt.Chart(data([band])).mark_rect(color=color("band"), opacity=0.5)
+            layers.append(area.encode(y="lo:Q", y2="hi:Q", description="tip:N"))
     ends = [{"at": 0.0, "tip": "0: as the counterfactual run"}, {"at": 1.0, "tip": "1: as the whole model"}]
     layers.append(
         alt.Chart(data(ends)).mark_rule(color=color("null"), strokeDash=[3, 3]).encode(y="at:Q", description="tip:N")
     )
-    if size is not None and min(sizes) <= 100 * size <= max(sizes):
+    if seen and size is not None:
         chosen = [{"percent": 100 * size, "tip": f"the circuit: {percent(size)} of the edges"}]
         mark = alt.Chart(data(chosen)).mark_rule(color=color("neg"), strokeDash=[4, 3])
         layers.append(mark.encode(x=x, description="tip:N"))
@@ -124,20 +126,17 @@ def draw_rows(null: Any) -> list[Row]:
 
 
 def null_band(null: Any) -> Row | None:
-    """Where the middle 95% of the random circuits' draws lie, with the hover text; None without draws."""
-    found = draw_rows(null)
-    first = found[0]["kind"] if found else None
-    values = [row["value"] for row in found if row["kind"] == first]
-    ends = middle_95(values)
-    if ends is None:
+    """Where the middle 95% of the draws lie, for the kind of null that reaches highest, with the hover text."""
+    drawn: dict[str, list[float]] = {}
+    for row in draw_rows(null):
+        drawn.setdefault(str(row["kind"]), []).append(row["value"])
+    bands = [(ends, kind) for kind, values in drawn.items() if (ends := middle_95(values))]
+    if not bands:
         return None
-    name = NULLS.get(str(first), str(first))
-    return {
-        "lo": ends[0],
-        "hi": ends[1],
-        "name": name,
-        "tip": f"{name}: 95% of {len(values)} draws lie in {interval(*ends)}",
-    }
+    (lo, hi), kind = max(bands, key=lambda band: band[0][1])
+    name = NULLS.get(kind, kind.replace("_", " "))
+    tip = f"{name}: 95% of {len(drawn[kind])} draws lie in {interval(lo, hi)}"
+    return {"lo": lo, "hi": hi, "name": name, "tip": tip}
 
 
 def null(result: Any) -> Any:

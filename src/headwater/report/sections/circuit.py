@@ -10,6 +10,7 @@ from headwater.report.gather import Found
 from headwater.report.layout import Layout, place
 from headwater.report.sections.base import Context, missing
 from headwater.report.words import (
+    beside,
     count,
     estimate,
     finite,
@@ -162,7 +163,8 @@ def _curve(context: Context, item: Found, null_of: Found | None) -> Any:
         parts.append(f"The dashed upright marks the circuit ({percent(size)}).")
     if null_of is not None and (band := null_band(null_of.result)):
         parts.append(
-            f"Grey: 95% of {band['name']}, as large as the circuit, lie in {interval(band['lo'], band['hi'])}."
+            f"Grey: where 95% of the draws of the strictest null lie ({band['name']}): "
+            f"{interval(band['lo'], band['hi'])}."
         )
     return context.figure(
         item,
@@ -176,15 +178,16 @@ def _curve(context: Context, item: Found, null_of: Found | None) -> Any:
 def _null(context: Context, item: Found) -> Any:
     draws = draw_rows(item.result)
     observed, p = finite(item.result.facts.get("observed")), finite(item.result.facts.get("p"))
+    ends = item.result.facts.get("lo"), item.result.facts.get("hi")
     kinds = list(dict.fromkeys(str(row["kind"]) for row in draws))
     parts = []
     for kind in kinds:
         values = sorted(row["value"] for row in draws if str(row["kind"]) == kind)
         parts.append(
-            f"{NULLS.get(kind, kind.replace('_', ' '))}: median {number(values[len(values) // 2])}, "
-            f"at most {number(values[-1])} ({count(len(values), 'draw')})"
+            f"{NULLS.get(kind, kind.replace('_', ' '))}: median {beside(values[len(values) // 2], *ends)}, "
+            f"at most {beside(values[-1], *ends)} ({count(len(values), 'draw')})"
         )
-    text = f"The circuit reaches {number(observed)}" + (f" (p {p_value(p)})" if p is not None else "")
+    text = f"The circuit reaches {estimate(observed, *ends)}" + (f" (p {p_value(p)})" if p is not None else "")
     text = f"{text}; {'; '.join(parts)}." if observed is not None else f"{'; '.join(parts)}."
     return context.figure(
         item, lambda: null(item.result), title="The circuit against its null", caption=text, tables=["draws"]

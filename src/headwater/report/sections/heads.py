@@ -4,7 +4,17 @@ from headwater.report.blocks import Cell, Section, Table, cell
 from headwater.report.charts.claims import heads as chart
 from headwater.report.charts.parts import rows
 from headwater.report.sections.base import Context, missing
-from headwater.report.words import count, estimate, interval, listing, number, p_value, role_name, strongest, visible
+from headwater.report.words import (
+    beside,
+    count,
+    estimate,
+    interval,
+    listing,
+    p_value,
+    role_name,
+    strongest,
+    visible,
+)
 
 _COLUMNS = ("layer", "head", "role", "attention", "attention_null", "effect", "lo", "hi", "null", "p")
 
@@ -36,7 +46,7 @@ def heads(context: Context) -> Section:
         lead.append(
             f"The largest effect is that of a{row['layer']}.h{row['head']}: "
             f"{estimate(row['effect'], row['lo'], row['hi'])} against a null of "
-            f"{number(row['null'])}."
+            f"{beside(row['null'], row['lo'], row['hi'])}."
         )
     body = [
         [
@@ -46,7 +56,7 @@ def heads(context: Context) -> Section:
             cell(row["attention_null"]),
             Cell(text=estimate(row["effect"], row["lo"], row["hi"]).partition(" ")[0], numeric=True),
             Cell(text=interval(row["lo"], row["hi"]) or "–", numeric=True),
-            cell(row["null"]),
+            Cell(text=beside(row["null"], row["lo"], row["hi"]), numeric=True),
             Cell(text=p_value(row["p"]), numeric=True),
         ]
         for row in table

@@ -9,7 +9,7 @@ from headwater.report.charts.claims import STATUS
 from headwater.report.charts.parts import Row, rows
 from headwater.report.sections.base import Context, missing
 from headwater.report.spark import spark
-from headwater.report.words import count, estimate, finite, interval, listing, number, p_value, percent, visible
+from headwater.report.words import beside, count, estimate, finite, interval, listing, number, p_value, percent, visible
 
 _WORDS = {"supported": "Supported", "refuted": "Refuted", "inconclusive": "Inconclusive"}
 
@@ -51,7 +51,7 @@ def sentence(row: Row) -> tuple[str, str]:
     statement = visible(row["statement"] or row["id"] or "(no statement)").rstrip(". ")
     numbers = [f"Effect {estimate(row['effect'], row['lo'], row['hi'])}"] if row["effect"] is not None else []
     if row["null_mean"] is not None:
-        numbers.append(f"null {number(row['null_mean'])}")
+        numbers.append(f"null {beside(row['null_mean'], row['lo'], row['hi'])}")
     p = row["p_adj"] if row["p_adj"] is not None else row["p"]
     if p is not None:
         numbers.append(f"{'adjusted p' if row['p_adj'] is not None else 'p'} {p_value(p)}")
@@ -97,13 +97,14 @@ def key_numbers(context: Context) -> Tiles:
             )
     if found := context.run.first("null"):
         observed, p = finite(found.result.facts.get("observed")), finite(found.result.facts.get("p"))
+        ends = found.result.facts.get("lo"), found.result.facts.get("hi")
         values = sorted(row["value"] for row in draw_rows(found.result) if row["kind"] == "edges")
         if observed is not None and values:
             items.append(
                 (
-                    number(observed),
+                    beside(observed, *ends),
                     "faithfulness of the circuit",
-                    f"random circuits {number(values[len(values) // 2])}, p {p_value(p)}",
+                    f"random circuits {beside(values[len(values) // 2], *ends)}, p {p_value(p)}",
                 )
             )
     if (found := context.run.first("heads")) and (table := found.result.tables.get("roles")) is not None:
@@ -178,7 +179,7 @@ def _line(row: Row) -> list[Cell]:
         Cell(text=visible(row["statement"] or row["id"]), style="claim"),
         Cell(text=f"{high} {low}".strip(), numeric=True),
         Cell(text="", svg=spark(row)),
-        Cell(text=number(row["null_mean"]), numeric=True),
+        Cell(text=beside(row["null_mean"], row["lo"], row["hi"]), numeric=True),
         Cell(text=p_value(row["p"]), numeric=True),
         Cell(text=p_value(row["p_adj"]), numeric=True),
         Cell(text=number(row["n"]), numeric=True),

@@ -202,7 +202,7 @@ def test_smallest_faithful_takes_the_first_that_is_close_enough():
             }
         )
 
-    assert smallest_faithful(table(0.5, 0.85, 1.0), 0.8) == 0.1
-    assert smallest_faithful(table(1.9, 1.1, 1.0), 0.8) == 0.1  # overshooting is not faithful
-    assert smallest_faithful(table(0.1, 0.4), 0.8) == 0.1
-    assert smallest_faithful(table(None, 0.9, 1.0), 0.8) == 0.1
+    assert smallest_faithful(table(0.5, 0.85, 1.0), 0.8) == (0.1, True)
+    assert smallest_faithful(table(1.9, 1.1, 1.0), 0.8) == (0.1, True)  # overshooting is not faithful
+    assert smallest_faithful(table(0.1, 0.4), 0.8) == (0.1, False)
+    assert smallest_faithful(table(None, 0.9, 1.0), 0.8) == (0.1, True)

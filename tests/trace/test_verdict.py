@@ -14,7 +14,7 @@ def test_verdict_says_what_was_supported_and_refuted():
     ledger = Ledger.of([
         claim("behavior-accuracy", **GOOD), claim("circuit-sufficient", **GOOD), claim("circuit-necessary", **GOOD),
         claim("circuit-beats-edges", **GOOD), claim("role-name-mover", **BAD),
-        claim("role-s-inhibition", effect=1.0, why_not="no"),
+        claim("role-s-inhibition", effect=1.0, why_not="it is so"),
     ])  # fmt: skip
     lead, supported, refuted, still = verdict(ledger, "ioi", "smollm2")
     assert (
@@ -22,8 +22,8 @@ def test_verdict_says_what_was_supported_and_refuted():
         and "sufficient, necessary and better than chance" in lead
     )
     assert supported.startswith("Supported: ") and "that the circuit suffices" in supported
-    assert refuted == "Refuted: that a1.h2 work as name mover heads (0.20 [0.10, 0.30] against 0.50)."
-    assert still == "Still open: that a1.h2 work as S-inhibition heads (no)."
+    assert refuted == "Refuted: that a1.h2 works as a name mover head (0.20 [0.10, 0.30] against 0.50)."
+    assert still == "Could not be decided, as it is so: that a1.h2 works as an S-inhibition head."
 
 
 def test_verdict_does_not_praise_a_circuit_of_a_behavior_that_is_not_there():

@@ -75,8 +75,8 @@ class CircuitSettings(Settings):
     """Faithfulness to reach on the train pairs, also not overshot by more than what is missing from 1."""
     rank: Literal["abs", "signed"] = "abs"
     how: Literal["topn", "greedy"] = "topn"
-    n_choose: int = Field(default=32, ge=1)
-    n_test: int = Field(default=60, ge=1)
+    n_choose: int = Field(default=24, ge=1)
+    n_test: int = Field(default=40, ge=1)
     fractions: tuple[float, ...] = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 

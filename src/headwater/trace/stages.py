@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from headwater.trace.investigation import Investigation
 
 Results = dict[str, Result]
+_SMALL = 0.1
+"""Sizes up to this share of the edges are tried first."""
 
 
 @dataclass
@@ -170,31 +172,35 @@ def circuit(work: Work) -> Made:
     elif settings.fraction is not None:
         found = scores.circuit(fraction=settings.fraction, **how)
     else:
-        tried = curve(
-            scores.graph, scores.scores, work.model, work.train(settings.n_choose), metric=metric,
-            fractions=settings.fractions, **how,
-        )  # fmt: skip
-        fraction = smallest_faithful(tried.tables["curve"], settings.target)
+        small = [fraction for fraction in settings.fractions if fraction <= _SMALL]
+        for fractions in ([small] if small else []) + [list(settings.fractions)]:
+            tried = curve(
+                scores.graph, scores.scores, work.model, work.train(settings.n_choose), metric=metric,
+                fractions=fractions, **how,
+            ).tables["curve"]  # fmt: skip
+            fraction, reached = smallest_faithful(tried, settings.target)
+            if reached:  # large circuits cost most and are run only where the small ones do not do
+                break
         found = scores.circuit(fraction=fraction, **how)
-        facts |= {"fraction": fraction, "target": settings.target, "tried": tried.tables["curve"].to_dicts()}
+        facts |= {"fraction": fraction, "target": settings.target, "reached": reached, "tried": tried.to_dicts()}
     test = work.test(settings.n_test)
     judged = curve(scores.graph, scores.scores, work.model, test, metric=metric, fractions=settings.fractions, **how)
     rest = completeness(found, test, metric=metric, model=work.model)
     return Made({"circuit": found, "faithfulness": judged, "completeness": rest}, facts)
 
 
-def smallest_faithful(table: pl.DataFrame, target: float) -> float:
+def smallest_faithful(table: pl.DataFrame, target: float) -> tuple[float, bool]:
     """The smallest size whose faithfulness reaches the target without overshooting 1 by more than the target falls
     short.
 
-    Where none does, the one that comes closest to 1.
+    Where none does, the one that comes closest to 1, and False.
     """
     rows = table.filter(pl.col("faithfulness").is_not_null() & (pl.col("edges") > 0)).sort("fraction").to_dicts()
     margin = abs(1 - target)
     for row in rows:
         if abs(1 - row["faithfulness"]) <= margin + 1e-9:
-            return float(row["fraction"])
-    return float(min(rows, key=lambda row: abs(1 - row["faithfulness"]))["fraction"]) if rows else 1.0
+            return float(row["fraction"]), True
+    return (float(min(rows, key=lambda row: abs(1 - row["faithfulness"]))["fraction"]) if rows else 1.0), False
 
 
 def heads(work: Work) -> Made:

@@ -4,7 +4,7 @@ All are judged on the test pairs, on which nothing was found. Shapes: n pairs, C
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -175,7 +175,7 @@ def circuit_beats_random_weights(
     Those circuits have as many edges and are run in the real model: what they reach, architecture alone explains.
     p: sign flips over pairs of the difference to their mean.
     """
-    from headwater.localize.attribution import methods
+    from headwater.localize.attribution import AttributionResult, methods
 
     circuit: Circuit = context["circuit"]
     behavior: Behavior = context["behavior"]
@@ -187,7 +187,9 @@ def circuit_beats_random_weights(
         scores = methods.get(method)(
             random_weights(context["model"], seed=seed + copy), train, metric=metric, **options
         )
-        found = scores.circuit(edges=int(circuit.config.get("asked_edges", circuit.n_edges)), rank=rank, how=how)
+        found = cast(AttributionResult, scores).circuit(
+            edges=int(circuit.config.get("asked_edges", circuit.n_edges)), rank=rank, how=how
+        )
         masks.append(found.mask)
     values = evaluate_masks(context["model"], judged(context, n), [circuit.mask, *masks], metric=metric)
     whole, part = values.clean - values.corrupt, values.circuits - values.corrupt

@@ -1,6 +1,6 @@
 """The verdict: a few plain sentences composed from the ledger, refutations included."""
 
-from headwater.claims import Claim, Ledger
+from headwater.claims import Claim, Ledger, Status
 
 _SHORT = {
     "behavior-accuracy": "that the model does it above chance",
@@ -14,14 +14,20 @@ _SHORT = {
 
 
 def verdict(ledger: Ledger, behavior: str, model: str) -> list[str]:
-    """Two to four sentences: what was supported, what was refuted, what stays open."""
+    """A few sentences: what was supported, what was refuted, what stays open and why."""
     sentences = [_lead(ledger, behavior, model)]
-    for status, verb in (("supported", "Supported"), ("refuted", "Refuted"), ("inconclusive", "Still open")):
-        found = ledger.by_status(status)  # type: ignore[arg-type]
-        if found:
-            sentences.append(f"{verb}: {'; '.join(_short(claim) for claim in found)}.")
+    verbs: tuple[tuple[Status, str], ...] = (
+        ("supported", "Supported"), ("refuted", "Refuted"), ("inconclusive", "Still open"),
+    )  # fmt: skip
+    for status, verb in verbs:
+        found = ledger.by_status(status)
+        if measured := [claim for claim in found if not claim.why_not]:
+            sentences.append(f"{verb}: {'; '.join(f'{_short(claim)} ({_measured(claim)})' for claim in measured)}.")
         elif status == "refuted":
             sentences.append("Nothing was refuted.")
+        for why in dict.fromkeys(claim.why_not for claim in found if claim.why_not):
+            named = [_short(claim) for claim in found if claim.why_not == why]
+            sentences.append(f"Could not be decided, as {why}: {'; '.join(named)}.")
     return sentences
 
 
@@ -44,12 +50,15 @@ def _lead(ledger: Ledger, behavior: str, model: str) -> str:
 
 
 def _short(claim: Claim) -> str:
-    text = _SHORT.get(claim.id)
-    if text is None and claim.id.startswith("role-"):
-        heads = ", ".join(f"a{layer}.h{head}" for layer, head in claim.params.get("heads", ()))
-        what = claim.id.removeprefix("role-").replace("-", " ").replace("s inhibition", "S-inhibition")
-        text = f"that {heads} work as {what} heads"
-    return f"{text or claim.statement} ({claim.why_not or _measured(claim)})"
+    if claim.id in _SHORT:
+        return _SHORT[claim.id]
+    if not claim.id.startswith("role-"):
+        return claim.statement
+    names = [f"a{layer}.h{head}" for layer, head in claim.params.get("heads", ())]
+    what = claim.id.removeprefix("role-").replace("-", " ").replace("s inhibition", "S-inhibition")
+    if len(names) == 1:
+        return f"that {names[0]} works as {'an' if what[0] in 'aeioS' else 'a'} {what} head"
+    return f"that {', '.join(names[:-1])} and {names[-1]} work as {what} heads"
 
 
 def _measured(claim: Claim) -> str:

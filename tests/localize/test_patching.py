@@ -14,14 +14,14 @@ from headwater.localize.patching import read_spec
 from headwater.localize.sweep import Sweep, Target
 from localize_families import LAYERS, LAYOUTS, H, bound, make, pairs
 
-KINDS = ["resid_pre", "resid_post", "attn_out", "mlp_out", "head"]
+KINDS = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head"]
 
 
-def all_targets(length: int, positions: list[str | None]) -> list[Target]:
+def all_targets(kinds: list[str], positions: list[str | None]) -> list[Target]:
     targets = []
     for position in positions:
         for layer in range(LAYERS):
-            targets += [Target(kind=k, layer=layer, position=position) for k in KINDS[:-1]]  # type: ignore[arg-type]
+            targets += [Target(kind=k, layer=layer, position=position) for k in kinds]  # type: ignore[arg-type]
             targets += [Target(kind="head", layer=layer, head=h, position=position) for h in range(H)]
     return targets
 
@@ -64,12 +64,13 @@ def test_sweeps_equal_single_interventions(name: str, direction: str, reuse: boo
     engine = Engine(model)
     (batch,) = make_batches(bound(group), 1000)
     assert batch.prefix == 2
-    targets = all_targets(6, [None, "-1", "-3", "0", "S"])
+    kinds = [k for k in KINDS[:-1] if k != "resid_mid" or not LAYOUTS[name].parallel]
+    targets = all_targets(kinds, [None, "-1", "-3", "0", "S"])
     with engine.open(), ExitStack() as stack:
         batch = Scored.named("logit_diff").narrowed(stack, engine, batch)
         sweep = Sweep(engine, Scored.named("logit_diff"), batch, base_is_clean=direction == "noise", reuse=reuse)
         found = sweep.values(targets, 40)
-    moved, source = 0, model.run(other, capture=[f"{kind}.*" for kind in KINDS[:-1]] + ["head.*.h*"])
+    moved, source = 0, model.run(other, capture=[f"{kind}.*" for kind in kinds] + ["head.*.h*"])
     for target in targets:
         expected = plain_patch(model, target, base, source, group)
         torch.testing.assert_close(

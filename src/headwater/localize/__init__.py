@@ -12,7 +12,7 @@ _NAMES = {
     "atp": "nodes",
     "eap": "attribution",
     "eap_ig": "attribution",
-    "methods": "attribution",
+    "methods": "catalog",
     "AttributionResult": "attribution",
     "Circuit": "circuit",
     "Graph": "graph",
@@ -54,7 +54,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from headwater.localize.attribution import AttributionResult, eap, eap_ig, methods
+    from headwater.localize.attribution import AttributionResult, eap, eap_ig
+    from headwater.localize.catalog import methods
     from headwater.localize.circuit import Circuit
     from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
     from headwater.localize.graph import Graph

@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
 import polars as pl
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from headwater.core.errors import MethodError, did_you_mean
 from headwater.core.progress import track
-from headwater.core.registry import Registry
 from headwater.core.results import Provenance, Result, register_result
+from headwater.localize.catalog import methods
 from headwater.localize.circuit import Circuit
 from headwater.localize.edges import EdgeScorer
 from headwater.localize.graph import Graph
@@ -38,16 +38,6 @@ C = TypeVar("C", bound="EapConfig | AtpConfig")
 Rule = Literal["left", "midpoint", "gauss"]
 LOWER_IS_BETTER = frozenset({"kl", "rank"})
 """Metrics whose sign is turned in scores, so that a positive score always speaks for the clean behavior."""
-
-
-class Method(Protocol):
-    """A localizing method: from a model and a behavior to scores."""
-
-    def __call__(self, model: "Model", behavior: "Behavior", **options: Any) -> "AttributionResult": ...
-
-
-methods: Registry[Method] = Registry("method")
-"""Localizing methods by name; outside packages add theirs by the entry point group `headwater.methods`."""
 
 
 @dataclass(frozen=True, kw_only=True)

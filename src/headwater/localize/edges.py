@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from headwater.core.errors import ModelError
 from headwater.localize.passes import Batch, Engine, Scored, Seen
 from headwater.localize.wiring import Layer, PartName
 
@@ -215,6 +216,18 @@ class EdgeScorer:
 
         self._score_layers(clean, corrupt, rows_of, gradients.final * weight)
 
+    def _check_sum(self, written: Tensor, clean: Seen, corrupt: Seen) -> None:
+        """What the sources write more must be how the final streams differ, [B, D] at the last position."""
+        assert clean.final is not None and corrupt.final is not None
+        whole = (clean.final[:, -1] - corrupt.final[:, -1]).to(self.work)
+        error = float((written - whole).norm() / whole.norm().clamp(min=1e-9))
+        if not error <= {torch.float64: 1e-6, torch.float32: 1e-2}.get(clean.final.dtype, 0.2):
+            raise ModelError(
+                f"{type(self.engine.hf).__name__}: the stream is not the sum of what heads and MLPs write to it",
+                got=f"relative difference {error:.2g}",
+                fix="Patch its sites with model.run and interventions instead",
+            )
+
     def _contract(self, clean: Seen, corrupt: Seen, held: "_ReaderGradients") -> None:
         self._score_layers(clean, corrupt, held.rows_of, held.final)
 
@@ -238,6 +251,7 @@ class EdgeScorer:
                 self.write_differences(index, clean, corrupt, sources[before : before + graph.n_heads + 1])
         batch = final.shape[0]
         at_last = sources.view(len(graph.sources), batch, -1, entering.shape[-1])[:, :, -1]
+        self._check_sum(at_last.sum(dim=0), clean, corrupt)
         self.total[:, -1] += (at_last.reshape(len(graph.sources), -1) @ final.flatten()).double().cpu()
 
 

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from headwater.core.errors import ModelError
 from headwater.localize.edges import PARTS, head_values, post_norm_constant
 from headwater.localize.hooks import on_input, on_output, on_port, replace_forward
-from headwater.localize.passes import Batch, Engine, Scored, Seen
+from headwater.localize.passes import Batch, Engine, Scored, Seen, probe_ids
 from headwater.localize.selection import prune
 from headwater.localize.wiring import Layer
 
@@ -33,6 +35,9 @@ class BatchValues:
     circuits: list[Tensor]
 
 
+_checked: "WeakSet[nn.Module]" = WeakSet()
+
+
 class CircuitRunner:
     """Evaluates circuits of one model on batches of pairs."""
 
@@ -40,6 +45,26 @@ class CircuitRunner:
         self.engine, self.metric = engine, metric
         self.graph, self.layers = engine.wiring.graph, engine.wiring.layers
         self._written: dict[int, Tensor] = {}
+
+    def check(self) -> None:
+        """The whole graph must give the model's own logits: measured once a model.
+
+        Raises ModelError where a model's blocks do something that the graph does not know of.
+        """
+        hf = self.engine.hf
+        if hf not in _checked:
+            ids, everything = probe_ids(self.engine, 5), self.graph.allowed
+            with self.engine.open():
+                logits, entered = self._clean(ids[:1], None)
+                whole = _Once(self, ids[1:], None).run(everything, entered, ids[:1], None)
+            error = float((whole - logits).norm() / logits.norm().clamp(min=1e-9))
+            if not error <= {torch.float64: 1e-5, torch.float32: 1e-2}.get(logits.dtype, 0.2):
+                raise ModelError(
+                    f"{type(hf).__name__}: the whole graph does not give the model's own logits",
+                    got=f"relative difference {error:.2g}",
+                    fix="Patch its sites with model.run and interventions instead",
+                )
+            _checked.add(hf)
 
     def values(self, batch: Batch, masks: Sequence[Tensor]) -> BatchValues:
         """The metric of each circuit (a mask [sources, readers]) on each pair of the batch."""

@@ -110,6 +110,7 @@ def evaluate_masks(
     floats = graph.d_model * (widest + 2 * graph.per_layer + 16 * graph.n_layers)
     batches = make_batches(bound, tokens_at_once(model, floats, memory_mb), reuse_prefix=can_reuse_prefix(engine))
     runner = CircuitRunner(engine, scored)
+    runner.check()
     found = [runner.values(batch, masks) for batch in track(batches, label)]
     rows, clean = all_values(batches, [f.clean for f in found])
     _, corrupt = all_values(batches, [f.corrupt for f in found])

@@ -14,7 +14,8 @@ from torch import Tensor
 from headwater.core.errors import MethodError, did_you_mean
 from headwater.core.progress import track
 from headwater.core.results import Provenance
-from headwater.localize.attribution import LOWER_IS_BETTER, AttributionResult, configured, methods, node_table
+from headwater.localize.attribution import LOWER_IS_BETTER, AttributionResult, configured, node_table
+from headwater.localize.catalog import methods
 from headwater.localize.edges import head_values, post_norm_constant
 from headwater.localize.hooks import on_input, on_output, on_port
 from headwater.localize.passes import (

@@ -328,7 +328,7 @@ _reuses: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 def can_reuse_prefix(engine: Engine) -> bool:
     """Whether this model gives the same logits when a prefix comes from its cache: measured once."""
     if engine.hf not in _reuses:
-        ids = _probe(engine, 7)
+        ids = probe_ids(engine, 7)
         with engine.open():
             _reuses[engine.hf] = _same(engine, ids, lambda: engine.forward(ids[:, 4:], engine.cache(ids[:, :4])))
     return _reuses[engine.hf]
@@ -340,7 +340,7 @@ _narrows: "WeakKeyDictionary[nn.Module, bool]" = WeakKeyDictionary()
 def can_narrow(engine: Engine) -> bool:
     """Whether the last block can be run at the last position only with the same logits: measured once."""
     if engine.hf not in _narrows:
-        mlp, ids = engine.wiring.layers[-1].mlp, _probe(engine, 5)
+        mlp, ids = engine.wiring.layers[-1].mlp, probe_ids(engine, 5)
 
         def narrowed() -> Tensor:
             with ExitStack() as stack:
@@ -352,7 +352,8 @@ def can_narrow(engine: Engine) -> bool:
     return _narrows[engine.hf]
 
 
-def _probe(engine: Engine, length: int) -> Tensor:
+def probe_ids(engine: Engine, length: int) -> Tensor:
+    """[2, length] random token ids, always the same."""
     size = min(engine.hf.config.get_text_config().vocab_size, 1000)
     return torch.randint(min(3, size - 1), size, (2, length), generator=torch.Generator().manual_seed(0))
 

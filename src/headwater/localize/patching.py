@@ -15,7 +15,7 @@ from headwater.core.errors import MethodError, SiteError, did_you_mean
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.core.sites import Site
-from headwater.localize.attribution import methods
+from headwater.localize.catalog import methods
 from headwater.localize.passes import (
     Batch,
     Engine,
@@ -41,11 +41,11 @@ _MAX_TOKENS = 4096
 class PatchConfig:
     """sites: what to patch, each `kind[.layer][.hN][@position]`.
 
-    Kinds: resid_pre, resid_post, attn_out, mlp_out, head; without a layer (or head) every one is meant. `@*`: each
-    position apart, counted from the end; `@END`, `@S2`: a named position of the behavior; `@-1`: an index; without
-    `@`: all positions at once. direction: "denoise" puts the prompt's value into the counterfactual run, "noise" the
-    counterfactual's into the prompt's. memory_mb: what a batch may take (None: .4 of what the weights take, at least
-    96).
+    Kinds: resid_pre, resid_mid, resid_post, attn_out, mlp_out, head; without a layer (or head) every one is meant.
+    `@*`: each position apart, counted from the end; `@END`, `@S2`: a named position of the behavior; `@-1`: an index;
+    without `@`: all positions at once. direction: "denoise" puts the prompt's value into the counterfactual run,
+    "noise" the counterfactual's into the prompt's. memory_mb: what a batch may take (None: .4 of what the weights
+    take, at least 96).
     """
 
     sites: tuple[str, ...] = ("head",)
@@ -104,6 +104,7 @@ def patch(
         )
     scored, engine = Scored.named(metric), Engine(model)
     graph = engine.wiring.graph
+    _check_kinds(wanted, graph.parallel)
     specs = [spec for text in wanted for spec in read_spec(text, graph.n_layers, graph.n_heads)]
     pairs = for_discovery(behavior)
     bound = pairs.bind(model)
@@ -162,6 +163,15 @@ def read_spec(text: str, n_layers: int, n_heads: int) -> list[Spec]:
     if any(one is not None and one >= n_heads for one in heads):
         raise SiteError(f"this model has no head for {text!r}", wanted=f"h0 to h{n_heads - 1}")
     return [Spec(kind, one, which, position) for one in layers for which in heads]
+
+
+def _check_kinds(wanted: Sequence[str], parallel: bool) -> None:
+    for text in wanted:
+        if parallel and text.startswith("resid_mid"):
+            raise SiteError(
+                f"this model has no {text}: its attention and MLP read the stream side by side",
+                wanted="resid_pre, resid_post",
+            )
 
 
 def _check_positions(specs: Sequence[Spec], named: dict[str, Tensor]) -> None:

@@ -20,8 +20,8 @@ from headwater.core.errors import MethodError
 from headwater.localize.hooks import on_input, on_output, on_port, replace_forward
 from headwater.localize.passes import Batch, Engine, Scored, can_narrow, copied
 
-Kind = Literal["resid_pre", "resid_post", "attn_out", "mlp_out", "head"]
-KINDS: tuple[Kind, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out", "head")
+Kind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head"]
+KINDS: tuple[Kind, ...] = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,8 @@ class Sweep:
             return None  # the two runs are the same there
         layer, kind = target.layer, target.kind
         parallel = self.layers[layer].block.order == "parallel"
-        start = layer if kind == "resid_pre" or (kind in ("attn_out", "head") and not parallel) else layer + 1
-        behind = kind in ("attn_out", "head") and not parallel
+        behind = kind in ("resid_mid", "attn_out", "head") and not parallel
+        start = layer if behind or kind == "resid_pre" else layer + 1
         first = self.prefix if where is None else int(where.min())
         if layer == last and kind != "resid_pre":
             first = self.length - 1  # nothing after this layer mixes positions
@@ -197,6 +197,10 @@ class Sweep:
             theirs = other.attention[at] if target.head is None else None
         shape = base.streams[at].shape
         ours = ours.reshape(shape)
+        if target.kind == "resid_mid":
+            # the attention's output with which the stream behind it is the other run's
+            assert theirs is not None
+            theirs = theirs.reshape(shape[0], -1, shape[-1]) + self._streams_differ(at) / scale
         if theirs is None:
             new = self._head(target, first, where)
         else:
@@ -205,6 +209,10 @@ class Sweep:
         if target.kind != "mlp_out" and layer.block.order != "parallel":
             return new
         return base.streams[at + 1][:, first:] + (new - ours[:, first:]) * scale
+
+    def _streams_differ(self, layer: int) -> Tensor:
+        """[B, T - prefix, D]: the other run's stream before a block, less the base run's."""
+        return self.other.streams[layer] - self.base.streams[layer][:, self.prefix :]
 
     def _head(self, target: Target, first: int, where: Tensor | None) -> Tensor:
         """What attention gives with one head's values taken from the other run."""

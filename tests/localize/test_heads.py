@@ -11,6 +11,7 @@ from headwater.core.errors import MethodError
 from headwater.core.interventions import replace
 from headwater.core.results import load_result
 from headwater.localize.heads import (
+    ROLES,
     HeadsResult,
     attention_on_random_tokens,
     attention_to_places,
@@ -74,7 +75,7 @@ def test_a_duplicate_token_head_is_told_from_an_induction_head():
 
 def test_attention_to_places_is_the_patterns_entry(tiny_model, ioi):
     pairs = ioi.test[:6].bind(tiny_model)
-    found = attention_to_places(tiny_model, pairs, ["name_mover", "duplicate_token", "induction", "s_inhibition"])
+    found = attention_to_places(tiny_model, pairs, list(ROLES))
     at = 0
     for group in pairs.groups:
         run = tiny_model.run(group.clean, capture="pattern.2", logits="none")
@@ -84,6 +85,8 @@ def test_attention_to_places_is_the_patterns_entry(tiny_model, ioi):
             expected = {
                 "name_mover": pattern[:, -1, io], "duplicate_token": pattern[:, s2, s1],
                 "induction": pattern[:, s2, s1 + 1], "s_inhibition": pattern[:, -1, s2],
+                "negative_mover": pattern[:, -1, io], "subject_suppressor": pattern[:, -1, s2],
+                "previous_token": pattern[:, 1:].diagonal(dim1=1, dim2=2)[:, 1:].mean(dim=1),
             }  # fmt: skip
             for role, values in expected.items():
                 torch.testing.assert_close(found[role][at, 2].float(), values.float())

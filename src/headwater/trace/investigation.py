@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from headwater.core.errors import MethodError, StoreError
 from headwater.core.progress import note
+from headwater.core.results import Result
 from headwater.core.store import RunFolder
 from headwater.trace.config import (
     STAGES,
@@ -108,6 +110,7 @@ class Investigation(Settings):
                     f"stage {stage} could not be written", got=error, fix="Go on with `headwater resume`"
                 ) from error
             seconds = time.monotonic() - started
+            _account(made.results.values(), seconds)
             folder.save_stage(stage, made.results, facts=made.facts)
             line = f"{stage}: {seconds:.1f} s"
             log.info(line)
@@ -122,3 +125,13 @@ class Investigation(Settings):
             return load(self.model, **self.load)
 
         return loaded
+
+
+def _account(results: Iterable[Result], seconds: float) -> None:
+    """What a stage took and none of its results says of itself goes to the first result that says nothing."""
+    told = [result.provenance.seconds for result in results]
+    for result in results:
+        if result.provenance.seconds is None:
+            left = max(0.0, seconds - sum(known for known in told if known is not None))
+            result.provenance = replace(result.provenance, seconds=round(left, 3))
+            return

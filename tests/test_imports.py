@@ -131,3 +131,9 @@ def test_names_resolve() -> None:
     assert missing == []
     with pytest.raises(AttributeError, match="no attribute 'nothing_like_it'"):
         headwater.nothing_like_it  # noqa: B018
+
+
+def test_every_name_has_a_place() -> None:
+    import headwater
+
+    assert set(headwater.__all__) == {*headwater._PLACES, *headwater._ROOMS, "__version__"}

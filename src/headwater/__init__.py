@@ -8,7 +8,21 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_NAMES = {
+# Where each name lives. `hw.behavior` is a room and also a verb: `hw.behavior("ioi")` makes a behavior.
+_ROOMS = ("core", "behavior", "localize", "claims", "act", "trace", "report")
+_INTERVENTIONS = (
+    "Intervention",
+    "zero",
+    "mean",
+    "replace",
+    "resample",
+    "add",
+    "project_out",
+    "swap_subspace",
+    "clamp",
+    "freeze",
+)
+_PLACES = {
     "load": "headwater.core.loading",
     "Model": "headwater.core.model",
     "Run": "headwater.core.model",
@@ -16,36 +30,51 @@ _NAMES = {
     "HeadwaterError": "headwater.core.errors",
     "Result": "headwater.core.results",
     "load_result": "headwater.core.results",
-    **{
-        name: "headwater.core.interventions"
-        for name in (
-            "Intervention",
-            "zero",
-            "mean",
-            "replace",
-            "resample",
-            "add",
-            "project_out",
-            "swap_subspace",
-            "clamp",
-            "freeze",
-        )
-    },
     "Behavior": "headwater.behavior.table",
     "Claim": "headwater.claims.claim",
     "Ledger": "headwater.claims.ledger",
     "Circuit": "headwater.localize.circuit",
     "Investigation": "headwater.trace.investigation",
+    **dict.fromkeys(_INTERVENTIONS, "headwater.core.interventions"),
 }
-# `behavior`, `trace` and the like are rooms that are also verbs: `hw.behavior("ioi")` works because the package is callable.
-_ROOMS = ("core", "behavior", "localize", "claims", "act", "trace", "report")
 
-__all__ = [*_NAMES, *_ROOMS, "__version__"]
+__all__ = [
+    "Behavior",
+    "Circuit",
+    "Claim",
+    "HeadwaterError",
+    "Intervention",
+    "Investigation",
+    "Ledger",
+    "Model",
+    "Result",
+    "Run",
+    "Site",
+    "__version__",
+    "act",
+    "add",
+    "behavior",
+    "claims",
+    "clamp",
+    "core",
+    "freeze",
+    "load",
+    "load_result",
+    "localize",
+    "mean",
+    "project_out",
+    "replace",
+    "report",
+    "resample",
+    "swap_subspace",
+    "trace",
+    "zero",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NAMES:
-        value = getattr(importlib.import_module(_NAMES[name]), name)
+    if name in _PLACES:
+        value = getattr(importlib.import_module(_PLACES[name]), name)
     elif name in _ROOMS:
         value = importlib.import_module(f"headwater.{name}")
     else:

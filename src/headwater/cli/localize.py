@@ -35,7 +35,7 @@ def localize(
     """Ask where in a model a behavior comes from, with one method."""
     from headwater import behavior as behaviors
     from headwater.core.loading import load
-    from headwater.localize.methods import methods
+    from headwater.localize import methods
 
     run = methods.get(method)
     options = {"metric": metric, **dict(_setting(text) for text in option or [])}

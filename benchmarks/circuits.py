@@ -203,8 +203,8 @@ def against_eap_ig(rounds: int) -> None:
     keys = ("eapig:EAP", "eapig:EAP-IG-inputs")
     memory = {key: measure.peak_mb("benchmarks.circuits", key) for key in keys}
     measure.table(
-        f"GPT-2-small, random weights, {FEW} pairs x {TOKENS} tokens, beside EAP-IG's own code (peak MB of its processes "
-        f"at {FEW} pairs: EAP {memory[keys[0]]}, EAP-IG {memory[keys[1]]})",
+        f"GPT-2-small, random weights, {FEW} pairs x {TOKENS} tokens, beside EAP-IG's own code (peak MB of its "
+        f"processes at {FEW} pairs: EAP {memory[keys[0]]}, EAP-IG {memory[keys[1]]})",
         ["", "headwater CPU s", "EAP-IG library CPU s", "times faster", "rounds"],
         table,
     )
@@ -251,7 +251,8 @@ def against_transformer_lens(rounds: int) -> None:
     ratio = measure.ratios(scaled, "headwater")["transformer-lens"]
     measure.table(
         f"GPT-2-small, random weights: patching all {config.n_layers * config.n_heads} heads, "
-        f"{PATCHED} pairs x {TOKENS} tokens, {rounds} rounds; transformer-lens timed on {len(some)} heads and taken times {config.n_heads}",
+        f"{PATCHED} pairs x {TOKENS} tokens, {rounds} rounds; "
+        f"transformer-lens timed on {len(some)} heads and taken times {config.n_heads}",
         ["headwater CPU s", "transformer-lens CPU s", "times faster"],
         [
             [

@@ -28,7 +28,7 @@ def available() -> bool:
     if not (Path(place) / "src" / "eap").is_dir():
         print(f"EAP-IG's own code left out: {place} (from {VARIABLE}) has no folder src/eap")
         return False
-    return measure.installed("transformer_lens")
+    return measure.installed("transformer_lens", "matplotlib")
 
 
 class _OnCpu(ModuleType):

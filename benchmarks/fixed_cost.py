@@ -138,14 +138,17 @@ def main() -> None:
         name: measure.Spread.of([1000 * (a - b) for a, b in zip(times, spent["bare"], strict=True)])
         for name, times in spent.items()
     }
+    # What contention adds is never negative, so the fastest rounds say best what the work itself costs.
+    least = {name: 1000 * (min(times) - min(spent["bare"])) for name, times in spent.items()}
     alone = measure.Spread.of([1000 * t for t in spent["bare"]])
     measure.table(
         f"{LAYERS} layers, d_model 32, one prompt of 8 tokens: CPU ms a call over bare ({alone.text()} ms), "
         f"median (min to max) of {rounds} rounds of {REPEATS} calls",
-        ["", "ms over bare"],
-        [[name, x.text()] for name, x in over.items() if name != "bare"],
+        ["", "ms over bare", "fastest round over bare's fastest"],
+        [[name, x.text(), f"{least[name]:.2f}"] for name, x in over.items() if name != "bare"],
     )
-    measure.bar("headwater: hooks on 36 sites, ms", over["headwater: keep 36 sites"].median, 1.0)
+    measure.bar("headwater: hooks on 36 sites, ms (median)", over["headwater: keep 36 sites"].median, 1.0)
+    measure.bar("headwater: hooks on 36 sites, ms (fastest rounds)", least["headwater: keep 36 sites"], 1.0)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-import torch
+os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch and its friends do
+import torch  # noqa: E402
 
 Job = Callable[[], object]
 
@@ -138,7 +139,6 @@ def begin(title: str, threads: int) -> argparse.Namespace:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import logging
 

@@ -352,8 +352,8 @@ def measure_setting(setting: str, title: str, rounds: int) -> None:
         for name in names
     ]  # fmt: skip
     measure.table(
-        f"{title}, {PROMPTS} prompts x {TOKENS} tokens: CPU time over bare transformers, median (min to max) of {rounds} "
-        f"rounds. Bare: forward {bare_seconds['keep'] * 1000:.0f} ms, generation of {NEW_TOKENS} tokens for "
+        f"{title}, {PROMPTS} prompts x {TOKENS} tokens: CPU time over bare transformers, median (min to max) of "
+        f"{rounds} rounds. Bare: forward {bare_seconds['keep'] * 1000:.0f} ms, generation of {NEW_TOKENS} tokens for "
         f"{STEERED_PROMPTS} prompts {bare_seconds['steer'] * 1000:.0f} ms.",
         [
             "",

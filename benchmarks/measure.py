@@ -20,7 +20,7 @@ from datetime import date
 from pathlib import Path
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, which torch and its friends do
-import torch  # noqa: E402
+import torch
 
 Job = Callable[[], object]
 

@@ -1,10 +1,11 @@
 """The act stage: knock out and amplify the heads that were found, steer the behavior, all beside their baselines."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import polars as pl
 
 from headwater.behavior.table import Behavior
+from headwater.claims import Ledger
 from headwater.core.errors import MethodError
 from headwater.core.results import Result
 from headwater.localize.graph import head_of
@@ -48,10 +49,15 @@ def act_on(work: "Work") -> dict[str, Result]:
 
 
 def heads_to_act_on(work: "Work", most: int = 4) -> list[str]:
-    """Name movers where there are any, else the heads with a role that are needed most, else those scored best."""
-    movers = work.heads.heads_of("name_mover")
-    if movers:
-        return [f"a{layer}.h{head}" for layer, head in movers[:most]]
+    """The group of heads that survived its test with the largest effect.
+
+    Where none did: the heads with a role that are needed most, else those with the highest score.
+    """
+    ledger = cast(Ledger, work.run.load("claims", "ledger"))
+    survived = [claim for claim in ledger.by_status("supported") if claim.test == "heads_play_role"]
+    helping = sorted((claim for claim in survived if (claim.effect or 0) > 0), key=lambda claim: -(claim.effect or 0))
+    if helping:
+        return [f"a{layer}.h{head}" for layer, head in helping[0].params["heads"][:most]]
     roles = work.heads.tables["roles"].filter(pl.col("effect") > 0).sort("effect", descending=True)
     named = [f"a{layer}.h{head}" for layer, head in roles.select("layer", "head").unique(maintain_order=True).rows()]
     if named:

@@ -15,7 +15,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "circuit": ("behavior", "localize"),
     "heads": ("behavior", "localize"),
     "claims": ("behavior", "localize", "circuit", "heads"),
-    "act": ("behavior", "localize", "circuit", "heads"),
+    "act": ("behavior", "localize", "circuit", "heads", "claims"),
     "report": ("behavior",),
 }
 

@@ -59,7 +59,7 @@ def effect(result: Any) -> Any:
     found = [row for row in found if str(row["measure"]) in order]
     shown = [
         {
-            "label": visible(row["action"], 40),
+            "label": visible(row["action"], 48),
             "group": f"change in {metric_name(row['measure'])}",
             "value": row["change"],
             "lo": row["lo"],

@@ -9,7 +9,7 @@ from headwater.report.charts.claims import STATUS
 from headwater.report.charts.parts import Row, rows
 from headwater.report.sections.base import Context, missing
 from headwater.report.spark import spark
-from headwater.report.words import beside, count, estimate, finite, interval, listing, number, p_value, percent, visible
+from headwater.report.words import beside, count, estimate, finite, listing, number, p_value, percent, visible
 
 _WORDS = {"supported": "Supported", "refuted": "Refuted", "inconclusive": "Inconclusive"}
 
@@ -173,11 +173,10 @@ def sources_block(sources: list[Source]) -> list[Any]:
 
 def _line(row: Row) -> list[Cell]:
     status = str(row["status"])
-    low, high = interval(row["lo"], row["hi"]), number(row["effect"])
     return [
         Cell(text=_WORDS[status], style=f"badge {STATUS[status]}"),
         Cell(text=visible(row["statement"] or row["id"]), style="claim"),
-        Cell(text=f"{high} {low}".strip(), numeric=True),
+        Cell(text=estimate(row["effect"], row["lo"], row["hi"]), numeric=True),
         Cell(text="", svg=spark(row)),
         Cell(text=beside(row["null_mean"], row["lo"], row["hi"]), numeric=True),
         Cell(text=p_value(row["p"]), numeric=True),

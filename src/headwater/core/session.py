@@ -82,6 +82,8 @@ class Session:
         self._kinds: dict[tuple[str, int | None], set[str]] = defaultdict(set)
         for prefix, layer, kind in (*self._reads, *self._edits):
             self._kinds[prefix, layer].add(kind)
+        parts = any(s.head is not None or s.expert is not None or s.pos is not None for s in self.captures)
+        self._looks_only = not (parts or self.interventions or self.grad or self.leaf or self.stop)
         self._here: dict[str, _Here] = defaultdict(_Here)
         self._rows = self.window.rows
 
@@ -152,6 +154,11 @@ class Session:
 
     def _install_block(self, prefix: str, stack: Stack, block: Block) -> None:
         layer = block.index
+        kinds = self._kinds.get((prefix, layer), _NOTHING)
+        if self._looks_only and kinds <= block.plain.keys() and not (layer == 0 and (prefix, None) in self._kinds):
+            for kind in kinds:
+                self._look(str(self._reads[prefix, layer, kind][0]), block.plain[kind])
+            return
         wants = functools.partial(self._wants, prefix, layer)
         edits_mid = (prefix, layer, "resid_mid") in self._edits
         edits_cross_mid = edits_mid and block.cross is not None
@@ -525,6 +532,16 @@ class Session:
         return output
 
     # --- ports --------------------------------------------------------------------------------------------------------
+
+    def _look(self, name: str, port: Port) -> None:
+        """Keep what passes a plain output, and no more: what most captures are, and forwards of small models feel."""
+        kept, key = self.kept, port.key if isinstance(port.key, int) else 0
+
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            if self.enabled:
+                kept[name] = Kept(output if isinstance(output, torch.Tensor) else output[key])
+
+        self._undo.callback(port.module.register_forward_hook(see).remove)
 
     def _hook(self, prefix: str, port: Port, function: Edit) -> None:
         def through(x: torch.Tensor) -> torch.Tensor:

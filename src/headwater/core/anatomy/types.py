@@ -111,6 +111,14 @@ class Block:
     """The stream before cross-attention."""
 
     @cached_property
+    def plain(self) -> dict[str, Port]:
+        """Sites that are a module's whole output, as it is: nothing scaled, nothing flattened."""
+        writes = {"attn_out": self.attention, "mlp_out": self.mlp, "mixer_out": self.mixer}
+        found = {kind: part.write.port for kind, part in writes.items() if part and part.write.scale == 1.0}
+        found["resid_post"] = self.output
+        return {kind: port for kind, port in found.items() if port.side == "out" and not port.flat}
+
+    @cached_property
     def flat(self) -> bool:
         """Whether any port of this block that a site may be read at is flat."""
         ports = [self.input, self.output, self.mid, self.cross_mid]

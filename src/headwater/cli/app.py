@@ -45,7 +45,7 @@ models.add_to(app)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; leaves with 0, 2 (a mistake that can be mended), 130 (interrupted) or 1 (a bug)."""
-    # Threads that wait by spinning make a forward up to ten times slower as soon as anything else runs on the machine, and
-    # waiting asleep costs nothing measurable on a quiet one. OpenMP reads this when torch is loaded; a user's own choice stays.
+    # Threads that wait by spinning make a forward up to ten times slower as soon as anything else runs on the machine;
+    # waiting asleep costs nothing measurable on a quiet one. OpenMP reads this when torch loads; a user's choice stays.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     app(args=None if arguments is None else list(arguments), prog_name="headwater")

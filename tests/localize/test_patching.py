@@ -121,6 +121,10 @@ def test_what_cannot_be_patched_is_refused(tiny_model: Any) -> None:
         hw.localize.patch(tiny_model, ioi, direction="sideways")  # type: ignore[arg-type]
     with pytest.raises(MethodError, match="metric"):
         hw.localize.patch(tiny_model, ioi, metric="loss")
+    with pytest.raises(MethodError, match="memory_mb"):
+        hw.localize.patch(tiny_model, ioi, memory_mb="lots")  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match="steps"):
+        hw.localize.eap_ig(tiny_model, ioi, steps="many")
 
 
 def test_names_of_others_are_read() -> None:

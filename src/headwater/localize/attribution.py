@@ -13,7 +13,7 @@ from torch import Tensor
 from headwater.core.errors import MethodError, did_you_mean
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
-from headwater.localize.catalog import methods
+from headwater.localize.catalog import fitted, methods
 from headwater.localize.circuit import Circuit
 from headwater.localize.edges import EdgeScorer
 from headwater.localize.graph import Graph
@@ -217,14 +217,14 @@ def integration_nodes(steps: int, rule: Rule) -> list[tuple[float, float]]:
 
 
 def configured(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
-    """One config from a given one or from keywords; an unknown option is refused by name."""
+    """One config from a given one or from keywords; an unknown option is refused by name, a misfit value by type."""
     known = [field.name for field in fields(kind)]
     for name in options:
         if name not in known:
             raise MethodError(f"unknown option of {kind.__name__}", got=repr(name), wanted=did_you_mean(name, known))
     if config is not None and options:
         raise MethodError("give a config or its options, not both", got=sorted(options))
-    return config if config is not None else kind(**options)
+    return config if config is not None else fitted(kind, options)
 
 
 def _score_edges(

@@ -15,7 +15,7 @@ from headwater.core.errors import MethodError, SiteError, did_you_mean
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.core.sites import Site
-from headwater.localize.catalog import methods
+from headwater.localize.catalog import fitted, methods
 from headwater.localize.passes import (
     Batch,
     Engine,
@@ -95,13 +95,8 @@ def patch(
     """
     started = time.monotonic()
     wanted = (sites,) if isinstance(sites, str) else tuple(sites)
-    config = PatchConfig(sites=wanted, direction=direction, metric=metric, memory_mb=memory_mb)
-    if direction not in ("denoise", "noise"):
-        raise MethodError(
-            "unknown direction of patching",
-            got=repr(direction),
-            wanted=did_you_mean(str(direction), ["denoise", "noise"]),
-        )
+    given = {"sites": wanted, "direction": direction, "metric": metric, "memory_mb": memory_mb}
+    config = fitted(PatchConfig, given)
     scored, engine = Scored.named(metric), Engine(model)
     graph = engine.wiring.graph
     _check_kinds(wanted, graph.parallel)

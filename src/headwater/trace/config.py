@@ -98,11 +98,12 @@ class ClaimsSettings(Settings):
     q: float = Field(default=0.05, gt=0, lt=1)
     sufficient: float = Field(default=0.5, gt=0)
     """Share of the metric's way from counterfactual to clean that a sufficient circuit must carry."""
-    n_test: int = Field(default=60, ge=1)
-    null_circuits: int = Field(default=99, ge=1)
-    n_null: int = Field(default=16, ge=1)
+    n_test: int = Field(default=48, ge=1)
+    null_circuits: int = Field(default=59, ge=1)
+    """Random circuits of each kind; the smallest p that n of them can give is 1 / (n + 1)."""
+    n_null: int = Field(default=12, ge=1)
     """Test pairs on which the null circuits are run: of the commonest lengths."""
-    random_sets: int = Field(default=8, ge=1)
+    random_sets: int = Field(default=5, ge=1)
     """Random sets of edges whose knock-out that of the circuit is compared with."""
     random_groups: int = Field(default=4, ge=1)
     """Random groups of heads that a group of heads is compared with."""

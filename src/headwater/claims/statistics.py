@@ -1,4 +1,4 @@
-"""p-values and intervals: exact where they can be, with the observed value counted among the draws where they cannot."""
+"""p-values and intervals: exact where they can be; where they cannot, the observed value counts among the draws."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -161,7 +161,7 @@ def benjamini_hochberg(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def smallest_p(*, pairs: int | None = None, draws: int | None = None, side: Side = "greater") -> float:
-    """The smallest p that a sign-flip test of `pairs`, or a null of `draws`, can give: above q, no data could support."""
+    """The smallest p that a sign-flip test of `pairs`, or a null of `draws`, can give: above q, nothing could pass."""
     two = 2.0 if side == "two-sided" else 1.0
     by_pairs = two / 2.0**pairs if pairs is not None else 0.0
     by_draws = two / (1 + draws) if draws is not None else 0.0

@@ -16,7 +16,7 @@ import torch
 from benchmarks import eap_ig, measure, models, pairs
 
 PAIRS, TOKENS, SHARED, STEPS, FRACTION = 32, 20, 12, 5, 0.05
-FEW = 4
+FEW = 16
 """Pairs for EAP-IG's own code, which takes CPU minutes for more; headwater is measured on the same few beside it."""
 PATCHED = 8
 """Pairs for the patching sweep."""

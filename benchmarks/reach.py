@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import measure, models
+from benchmarks import measure, models, pairs
 
 PROMPTS, TOKENS, NEW_TOKENS, STEERED_PROMPTS = 8, 24, 8, 4
 TASKS = ("keep", "pattern", "patch", "steer")
@@ -23,8 +23,10 @@ Kept = dict[str, torch.Tensor]
 class Setting:
     """One model, its inputs, and where its parts are called what."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *, alone: bool = False) -> None:
+        self.name, self.alone = name, alone
+        self.tokenizer: Any = None
+        self.hf: Any = None
         self.hf = self.load()
         gpt2 = name == "gpt2"
         self.layers = self.hf.transformer.h if gpt2 else self.hf.model.layers
@@ -44,7 +46,14 @@ class Setting:
         }  # fmt: skip
 
     def load(self, eager: bool = False) -> Any:
-        hf = models.gpt2_small() if self.name == "gpt2" else models.smollm2().hf
+        """A model of its own for a library that changes it; the same one where nothing else runs (`alone`)."""
+        if self.alone and self.hf is not None and not eager:
+            return self.hf
+        if self.name == "gpt2":
+            hf, self.tokenizer = models.gpt2_small(), pairs.word_tokenizer(50257)
+        else:
+            loaded = models.smollm2()
+            hf, self.tokenizer = loaded.hf, loaded.tokenizer
         if eager:
             hf.set_attn_implementation("eager")
         return hf
@@ -61,7 +70,7 @@ class Bare:
     skips: tuple[str, ...] = ("patch",)
 
     def __init__(self, s: Setting) -> None:
-        self.s, self.hf, self.eager = s, s.hf, s.load(eager=True)
+        self.s, self.hf, self.eager = s, s.hf, None
 
     def logits(self) -> torch.Tensor:
         with torch.inference_mode():
@@ -71,6 +80,8 @@ class Bare:
         return {"logits": self.logits()}
 
     def pattern(self) -> Kept:
+        if self.eager is None:
+            self.eager = self.s.load(eager=True)
         with torch.inference_mode():
             out = self.eager(self.s.ids, use_cache=False, output_attentions=True)
         return {"logits": out.logits, **{f"pattern.{i}": x for i, x in enumerate(out.attentions)}}
@@ -171,7 +182,7 @@ class NNsight:
     def __init__(self, s: Setting) -> None:
         from nnsight import TransformersModel
 
-        self.s, tokenizer = s, models.smollm2().tokenizer
+        self.s, tokenizer = s, s.tokenizer
         self.model, self.eager = TransformersModel(s.hf, tokenizer=tokenizer), None
         self.tokenizer, self.Wrapper = tokenizer, TransformersModel
 
@@ -236,10 +247,8 @@ class Bridge:
         from transformer_lens.model_bridge import TransformerBridge
 
         self.s = s
-        folder = models.smollm2_folder()
-        self.model = TransformerBridge.boot_transformers(
-            folder, hf_model=s.load(), tokenizer=models.smollm2().tokenizer, device="cpu"
-        )
+        folder = str(s.hf.config._name_or_path)
+        self.model = TransformerBridge.boot_transformers(folder, hf_model=s.load(), tokenizer=s.tokenizer, device="cpu")
 
     def _cached(self, hooks: Sequence[str]) -> Kept:
         wanted = {f"blocks.{i}.{hook}" for i in range(self.s.n_layers) for hook in hooks}
@@ -377,7 +386,7 @@ def main() -> None:
     arguments = measure.begin("Reaching inside a model", threads=1)
     if arguments.only:
         setting, name = arguments.only.split(":")
-        LIBRARIES[name](Setting(setting)).keep()
+        LIBRARIES[name](Setting(setting, alone=True)).keep()
         measure.print_peak()
         return
     measure_setting("smollm2", "SmolLM2-135M", arguments.rounds or 6)

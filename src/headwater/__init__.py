@@ -88,7 +88,8 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from headwater import act, behavior, claims, core, localize, report, trace
+    from headwater import act, claims, core, localize, report, trace
+    from headwater.behavior import Room
     from headwater.behavior.table import Behavior
     from headwater.claims.claim import Claim
     from headwater.claims.ledger import Ledger
@@ -111,3 +112,5 @@ if TYPE_CHECKING:
     from headwater.core.sites import Site
     from headwater.localize.circuit import Circuit
     from headwater.trace.investigation import Investigation
+
+    behavior: Room

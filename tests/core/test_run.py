@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import headwater as hw
-from headwater.core.errors import ModelError, SiteError
+from headwater.core.errors import InterventionError, ModelError, SiteError
 from headwater.core.model import Model
 from headwater.core.sites import Site
 from tests.core.families import build
@@ -255,3 +255,18 @@ def test_sites_are_listed_and_resolved(model: Model) -> None:
     assert [str(s) for s in model.sites("resid_post.*")] == ["resid_post.0", "resid_post.1", "resid_post.2"]
     assert [str(s) for s in model.resolve("k.1.h*@-1")] == ["k.1.h0@-1", "k.1.h1@-1"]
     assert model.resolve(Site("embed")) == [Site("embed")]
+
+
+def test_a_padded_batch_is_not_counted_from_its_padded_side(model: Model) -> None:
+    ids = torch.tensor([[5, 17, 3, 42], [9, 28, 0, 0]])
+    right = {"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])}
+    left = {"input_ids": ids.flip(1), "attention_mask": right["attention_mask"].flip(1)}
+    assert model.run(right, capture="resid_post.1@1", logits="none")["resid_post.1@1"].shape == (2, 32)
+    assert model.run(left, capture="resid_post.1@-1", logits="last").logits.shape == (2, 61)
+    for inputs, pos in ((right, "-1"), (right, "1:"), (left, "1"), (left, "0,-1")):
+        with pytest.raises(InterventionError, match="counted from the padded side"):
+            model.run(inputs, capture=f"resid_post.1@{pos}")
+        with pytest.raises(InterventionError, match="counted from the padded side"):
+            model.run(inputs, interventions=[hw.zero(f"mlp_out.0@{pos}")])
+    with pytest.raises(InterventionError, match="the last logits"):
+        model.run(right, logits="last")

@@ -121,3 +121,9 @@ def test_positions() -> None:
     for wrong in ("1.5", "a b", "1:2:3", "1,", "²"):
         with pytest.raises(SiteError, match="position"):
             parse_position(wrong)
+
+
+@pytest.mark.parametrize("pos", ["1-", "a b", "1:2:3", "*", "S.2"])
+def test_a_malformed_position_is_refused_where_it_is_read(pos: str) -> None:
+    with pytest.raises(SiteError, match="cannot read the position"):
+        Site.parse(f"resid_post.1@{pos}")

@@ -81,7 +81,7 @@ def _looks_like_a_path(name: str) -> bool:
     )
 
 
-class _Room(ModuleType):
+class Room(ModuleType):
     """A module that may be called."""
 
     def __call__(
@@ -105,7 +105,7 @@ def __dir__() -> list[str]:
     return sorted({*__all__, *_NAMES, *_MODULES})
 
 
-sys.modules[__name__].__class__ = _Room
+sys.modules[__name__].__class__ = Room
 
 if TYPE_CHECKING:
     from headwater.behavior import bind as bind

@@ -16,7 +16,7 @@ from headwater.core.anatomy import Anatomy, Stack, device_of, evaluating, find_a
 from headwater.core.anatomy.check import check_sites
 from headwater.core.errors import InterventionError, ModelError, SiteError, did_you_mean
 from headwater.core.interventions import Intervention
-from headwater.core.places import Window
+from headwater.core.places import Window, refuse_padded
 from headwater.core.session import Kept, Session, Stopped
 from headwater.core.sites import KINDS, Site
 
@@ -331,6 +331,8 @@ class Model:
         active, around = self._around()
         concrete = [*active, *self._concrete(interventions)]
         stop = self._stop(sites, stop_after, logits)
+        if isinstance(inputs, dict):
+            refuse_padded(inputs, [*sites, *concrete], logits)
         batches = self._batches(inputs, batch_size)
         n_prompts = sum(len(rows) for rows, _, _ in batches)
         named = around | {name: torch.as_tensor(index) for name, index in (positions or {}).items()}

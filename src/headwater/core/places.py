@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +116,34 @@ class Window:
         rows = torch.arange(len(columns))
         inside = (columns >= 0) & (columns < n_tokens)
         return (rows[inside], columns[inside]) if bool(inside.any()) else None
+
+
+def refuse_padded(inputs: Mapping[str, Any], places: Sequence[Any], logits: str) -> None:
+    """Positions are columns of the batch, and in a padded one a column is another token in each prompt: refuse to count
+    from the padded side, rather than read padding.
+
+    places: sites and interventions. Raises InterventionError that names the one which counts from that side.
+    """
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or bool(mask.all()):
+        return
+    left, right = not bool(mask[:, 0].all()), not bool(mask[:, -1].all())
+    fix = "Pass texts or token ids: prompts of one length then run together, and nothing is padded"
+    if right and logits == "last":
+        raise InterventionError("the last logits of a batch that is padded on the right are padding's", fix=fix)
+    for place in places:
+        where = getattr(place, "positions", None)
+        where = place.site.pos if where is None and hasattr(place, "site") else getattr(place, "pos", where)
+        where = parse_position(where) if isinstance(where, str) else where
+        ends = [where.start, where.stop] if isinstance(where, slice) else where
+        ends = [ends] if isinstance(ends, int) else ends
+        if not isinstance(ends, list | tuple):
+            continue  # everywhere, or one column a prompt of the caller's own
+        if (left and any(e is not None and e >= 0 for e in ends)) or (right and any(e is None or e < 0 for e in ends)):
+            raise InterventionError(
+                f"{place}: its position is counted from the padded side of the batch",
+                got=f"padding on the {'left' if left else 'right'}", fix=fix,
+            )  # fmt: skip
 
 
 def select_index(site: Site, x: torch.Tensor, where: Any) -> tuple[Any, ...]:

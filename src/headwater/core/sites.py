@@ -104,6 +104,8 @@ class Site:
             )
         if self.expert is not None and "*" not in self.kind and self.kind != "neurons":
             raise SiteError(f"{text!r} names an expert, but only neurons have experts")
+        if self.pos is not None:
+            parse_position(self.pos)  # so that a malformed one is refused here, and not in the middle of a run
         return self
 
     @property

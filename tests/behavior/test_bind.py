@@ -68,6 +68,11 @@ def test_generators_bind_exactly(name: str, which: str, request: pytest.FixtureR
             made.bind(tokenizer)
         assert "(40)" in str(caught.value) or ";" in str(caught.value)
         return
+    if which != "gpt2" and name == "parentheses":
+        # one token a closer: how many are needed is not the next token's to say
+        with pytest.raises(BehaviorError, match="answer and foil begin with the same token"):
+            made.bind(tokenizer)
+        return
     if which == "characters" and name in ("ioi", "induction", "colors"):
         kinds = {reason.split(":")[0] for _id, reason in reasons_to_drop(made, tokenizer)}
         assert kinds <= {"answer and foil begin with the same token", "lengths differ", "no answer"}

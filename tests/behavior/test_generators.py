@@ -34,6 +34,8 @@ OPTIONS: list[tuple[str, dict[str, Any]]] = [
     ("successor", {"series": "days"}),
     ("arithmetic", {"digits": 1}),
     ("arithmetic", {"operation": "both", "shots": 0}),
+    ("parentheses", {"depth": 2, "shots": 0}),
+    ("parentheses", {"depth": 6, "least": 3, "joint": "+"}),
 ]
 
 
@@ -124,6 +126,38 @@ def overlap(behavior: Behavior, *keys: str) -> set:
 )
 def test_train_and_test_share_nothing_that_matters(name: str, keys: tuple) -> None:
     assert overlap(hw.behavior(name, n=100), *keys) == set()
+
+
+@pytest.mark.parametrize(("depth", "least"), [(4, 1), (5, 2), (2, 1)])
+def test_parentheses_are_balanced_by_the_answer_and_by_nothing_else(depth: int, least: int) -> None:
+    made = hw.behavior("parentheses", n=80, seed=3, depth=depth, least=least)
+    depths = []
+    for row in rows_of(made):
+        *solved, line = row["prompt"].split("\n")
+        assert all(text.count("(") == text.count(")") > 0 for text in solved)
+        needed = line.count("(")
+        depths.append(needed)
+        assert row["answers"] == [")" * needed] and line.count(")") == 0
+        assert sorted(row["foils"]) == sorted(")" * k for k in range(1, depth + 1) if k != needed)
+        assert row["said"]["outer"] == row["said"]["inner"] == "("
+        assert row["spans"]["outer"][0] == row["prompt"].rfind("\nprint(") + len("\nprint")
+        assert row["spans"]["inner"][0] == row["prompt"].rfind("(")
+        others = [(row["counterfactual"], row["foils"][0])]
+        others += [(one["counterfactual"], one["foils"][0]) for one in json.loads(row["alternatives"])]
+        for text, first in others:
+            assert first == ")" * text.split("\n")[-1].count("(") != row["answers"][0]
+            assert sum(a != b for a, b in zip(text, row["prompt"], strict=True)) == 1
+    assert {d: depths.count(d) for d in set(depths)} == dict.fromkeys(
+        range(least, depth + 1), pytest.approx(80 / (depth - least + 1), abs=2)
+    )
+    train, test = ({row["variables"]["thing"] for row in rows_of(part)} for part in (made.train, made.test))
+    assert not train & test
+
+
+@pytest.mark.parametrize("options", [{"depth": 9}, {"least": 4}, {"joint": "?"}, {"shots": -1}])
+def test_parentheses_refuse_what_makes_no_line(options: dict) -> None:
+    with pytest.raises(BehaviorError):
+        hw.behavior("parentheses", n=4, **options)
 
 
 @pytest.mark.parametrize("counterfactual", ["swap", "abc"])

@@ -18,7 +18,17 @@ if TYPE_CHECKING:
 SPLITS = ("train", "test")
 Spans = dict[str, tuple[int, int]]
 T = TypeVar("T")
-BUILT_IN = ("agreement", "arithmetic", "capitals", "colors", "greater_than", "induction", "ioi", "successor")
+BUILT_IN = (
+    "agreement",
+    "arithmetic",
+    "capitals",
+    "colors",
+    "greater_than",
+    "induction",
+    "ioi",
+    "parentheses",
+    "successor",
+)
 _SLOT = re.compile(r"\{(\w+)\}")
 # How often a generator may draw a prompt it has already made before it is taken to have no more.
 _PATIENCE = 400

@@ -90,3 +90,12 @@ def save_tiny(folder: Path, family: str = "llama", **config: Any) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def word_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Words w0, w1, ... of one token each, so that prompts can be written for a model with random weights."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")

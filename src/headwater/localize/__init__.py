@@ -13,6 +13,8 @@ _NAMES = {
     "eap": "attribution",
     "eap_ig": "attribution",
     "methods": "catalog",
+    "Plan": "planning",
+    "plan": "planning",
     "AttributionResult": "attribution",
     "Circuit": "circuit",
     "Graph": "graph",
@@ -31,6 +33,7 @@ __all__ = [
     "MinimalityResult",
     "NullResult",
     "PatchingResult",
+    "Plan",
     "areas",
     "atp",
     "eap",
@@ -38,6 +41,7 @@ __all__ = [
     "graph_of",
     "methods",
     "patch",
+    "plan",
 ]
 
 
@@ -62,4 +66,5 @@ if TYPE_CHECKING:
     from headwater.localize.mib import areas
     from headwater.localize.nodes import atp
     from headwater.localize.patching import PatchingResult, patch
+    from headwater.localize.planning import Plan, plan
     from headwater.localize.wiring import graph_of

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from headwater.behavior.metrics import STEPS, Metric
 from headwater.behavior.metrics import metric as metric_named
-from headwater.core.errors import MethodError
+from headwater.core.errors import MethodError, ModelError
+from headwater.localize.cost import memory_budget
 from headwater.localize.hooks import frozen, on_input, on_output, on_port, replace_forward
 from headwater.localize.wiring import Layer, Wiring, wiring_of
 
@@ -70,6 +71,8 @@ class Seen:
     """What the MLP reads, after its norm."""
     mlp_out: list[Tensor] = field(default_factory=list)
     """What the MLP adds, before the block's multiplier."""
+    neurons: list[Tensor] = field(default_factory=list)
+    """What the MLP's down-projection reads; kept only where asked for."""
     final: Tensor | None = None
     """The stream that the final norm reads."""
     logits: Tensor | None = None
@@ -172,6 +175,17 @@ class Engine:
         else:
             on_port(stack, self.wiring.layers[-1].block.output, lambda x: setattr(seen, "final", x))
 
+    def watch_neurons(self, stack: ExitStack, keep: Callable[[Tensor], Tensor | None]) -> None:
+        """Have `keep` see each MLP's neurons, layer after layer. Raises ModelError where an MLP shows none (experts)."""
+        for index, layer in enumerate(self.wiring.layers):
+            if layer.mlp.neurons is None:
+                raise ModelError(
+                    f"the MLP of layer {index} of {type(self.hf).__name__} has no neurons that could be scored",
+                    wanted="one down-projection whose input is the neurons",
+                    fix="Score its MLPs whole, without neurons",
+                )
+            on_port(stack, layer.mlp.neurons, keep)
+
     def _watch_streams(self, stack: ExitStack, layer: Layer, seen: Seen) -> None:
         if layer.norm.module is not None:
             stack.callback(on_input(layer.norm.module, lambda x: seen.attn_stream.append(x.detach())).remove)
@@ -192,10 +206,20 @@ class Engine:
         enter: Callable[[Tensor], Tensor | None] | None = None,
         readers: bool = False,
         gradients: bool = False,
+        narrow: bool = False,
+        neurons: bool = False,
     ) -> Seen:
-        """One pass over the positions after the prefix, and what it saw; recorded by autograd if `gradients`."""
+        """One pass over the positions after the prefix, and what it saw; recorded by autograd if `gradients`.
+
+        narrow: the last block's part after attention runs, and is seen, at the last position only (`can_narrow`).
+        neurons: also keep each MLP's neurons.
+        """
         seen = Seen()
         with ExitStack() as stack, torch.set_grad_enabled(gradients):
+            if narrow:
+                self.narrow(stack)  # first, so that what is seen is what is run
+            if neurons:
+                self.watch_neurons(stack, lambda x: seen.neurons.append(x.detach()))
 
             def leaf(x: Tensor) -> Tensor:
                 new = enter(x) if enter else None
@@ -313,11 +337,10 @@ class Scored:
 def tokens_at_once(model: "Model", floats_a_token: int, memory_mb: float | None) -> int:
     """Positions to run at once within a memory budget.
 
-    The default budget is .4 of what the weights take, but at least 96 MB: with the weights, twice the bare model's peak
-    is not reached.
+    The default budget (`cost.memory_budget`) is .4 of what the weights take, but at least 96 MB, and never more than
+    half of what the device has free: with the weights, twice the bare model's peak is not reached.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.hf.parameters())
-    budget = memory_mb * 2**20 if memory_mb is not None else max(96 * 2**20, 0.4 * weights)
+    budget = memory_budget(model, memory_mb)
     size = 8 if model.dtype == torch.float64 else 4
     return max(1, int(budget // (floats_a_token * size)))
 

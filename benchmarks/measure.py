@@ -135,6 +135,7 @@ def begin(title: str, threads: int) -> argparse.Namespace:
         "--rounds", type=int, default=None, help="interleaved rounds (each benchmark has its own default)"
     )
     parser.add_argument("--only", default=None, help="run one job once and print this process's peak memory")
+    parser.add_argument("--parts", nargs="*", default=None, help="only these parts of a benchmark that has several")
     arguments, _ = parser.parse_known_args()
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import eap_ig, measure, models, pairs
+from benchmarks import measure, models, pairs
+from benchmarks.localize import eap_ig
 
 PAIRS, TOKENS, SHARED, STEPS, FRACTION = 32, 20, 12, 5, 0.05
 FEW = 16
@@ -139,7 +140,7 @@ def against_floor(name: str, title: str, rounds: int, peaks: bool) -> None:
         "headwater one evaluation": "evaluation",
     }
     memory = {
-        job: measure.peak_mb("benchmarks.circuits", f"{name}:{key}") if peaks else None for job, key in keys.items()
+        job: measure.peak_mb("benchmarks.localize.circuits", f"{name}:{key}") if peaks else None for job, key in keys.items()
     }
     rows = [
         [job, measure.Spread.of(spent[job]).text(), "" if job == "bare forward" else over[job].text(),
@@ -201,7 +202,7 @@ def against_eap_ig(rounds: int) -> None:
         mean = {name: measure.Spread.of(times).text() for name, times in spent.items()}
         table.append([work, mean["headwater"], mean["EAP-IG library"], found[work].text(1), n])
     keys = ("eapig:EAP", "eapig:EAP-IG-inputs")
-    memory = {key: measure.peak_mb("benchmarks.circuits", key) for key in keys}
+    memory = {key: measure.peak_mb("benchmarks.localize.circuits", key) for key in keys}
     measure.table(
         f"GPT-2-small, random weights, {FEW} pairs x {TOKENS} tokens, beside EAP-IG's own code (peak MB of its "
         f"processes at {FEW} pairs: EAP {memory[keys[0]]}, EAP-IG {memory[keys[1]]})",
@@ -286,12 +287,14 @@ def main() -> None:
         only(arguments.only)
         return
     rounds = arguments.rounds or 3
-    against_floor("gpt2", "GPT-2-small, random weights", rounds, peaks=True)
-    against_floor("smollm2", "SmolLM2-135M, ioi", rounds, peaks=True)
-    if measure.installed("transformer_lens"):
+    parts = arguments.parts or ["floor", "lens", "eap_ig"]
+    if "floor" in parts:
+        against_floor("gpt2", "GPT-2-small, random weights", rounds, peaks=True)
+        against_floor("smollm2", "SmolLM2-135M, ioi", rounds, peaks=True)
+    if "lens" in parts and measure.installed("transformer_lens"):
         against_transformer_lens(2)
-    if eap_ig.available():
-        against_eap_ig(2)
+    if "eap_ig" in parts and eap_ig.available():
+        against_eap_ig(arguments.rounds or 2)
 
 
 if __name__ == "__main__":

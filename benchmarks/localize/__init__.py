@@ -1,0 +1,1 @@
+"""What localizing costs: beside the bare passes, beside other code, and as models, prompts and pairs grow."""

@@ -1,7 +1,7 @@
 """Circuit: a weighted subgraph of a model, that says how faithful it is only beside what it must beat."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -18,6 +18,7 @@ from headwater.localize.selection import Rank, nodes_in, prune, select
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
     from headwater.core.model import Model
+    from headwater.localize.ablation import AblationLike
     from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
 
 
@@ -26,7 +27,9 @@ class Circuit(Result):
     """Edges of a `Graph`, with the scores they were chosen by.
 
     `tables["edges"]`: source, target, score; `tables["nodes"]`: node; `tensors["mask"]` [sources, readers] bool and,
-    where known, `tensors["scores"]` of *all* edges, so that other sizes can be cut from the same ranking.
+    where known, `tensors["scores"]` of *all* edges, so that other sizes can be cut from the same ranking. A circuit by
+    position also has facts `positions` and `tensors["position_mask"]` [sources, readers, P]; its mask is then every
+    edge that it has at some position, and `tables["positions"]` has a row (source, target, position) for each of them.
     """
 
     kind: ClassVar[str] = "circuit"
@@ -40,13 +43,23 @@ class Circuit(Result):
         mask: Tensor,
         scores: Tensor | None = None,
         *,
+        positions: Sequence[str] | None = None,
         model: "Model | None" = None,
         method: str = "given",
         config: dict[str, Any] | None = None,
         provenance: Provenance | None = None,
     ) -> Self:
-        """A circuit of the edges in `mask` [sources, readers]. Edges that the graph does not have are refused."""
+        """A circuit of the edges in `mask` [sources, readers]. Edges that the graph does not have are refused.
+
+        positions: with a mask [sources, readers, P], what the P classes are: names of positions of the behavior and
+        `other`, or positions counted from the end (`-1`).
+        """
         mask = mask.bool().cpu()
+        at_positions = None
+        if positions is not None:
+            if mask.ndim != 3 or mask.shape[-1] != len(positions) or len(set(positions)) != len(positions):
+                raise MethodError("a mask by position needs a name for each", got=f"{list(mask.shape)}: {positions}")
+            at_positions, mask = mask, mask.any(dim=-1)
         if mask.shape != graph.allowed.shape or bool((mask & ~graph.allowed).any()):
             raise MethodError(
                 "a circuit has edges that its graph has not", got=list(mask.shape), wanted=graph.to_dict()
@@ -74,6 +87,14 @@ class Circuit(Result):
             "graph": graph.to_dict(),
         }
         tensors = {"mask": mask} if scores is None else {"mask": mask, "scores": scores.double().cpu()}
+        if at_positions is not None and positions is not None:
+            tensors["position_mask"] = at_positions
+            facts |= {"positions": list(positions), "n_position_edges": int(at_positions.sum())}
+            tables["positions"] = pl.DataFrame(
+                [(graph.sources[s], graph.readers[r], positions[p]) for s, r, p in at_positions.nonzero().tolist()],
+                schema={"source": pl.String, "target": pl.String, "position": pl.String},
+                orient="row",
+            )
         circuit = cls(tables=tables, tensors=tensors, facts=facts, config=config, provenance=provenance)
         circuit._model = model
         return circuit
@@ -111,6 +132,18 @@ class Circuit(Result):
     @property
     def scores(self) -> Tensor | None:
         return self.tensors.get("scores")
+
+    @property
+    def positions(self) -> list[str] | None:
+        """The classes of positions of a circuit by position; None where edges count at all positions."""
+        return self.facts.get("positions")
+
+    @property
+    def position_mask(self) -> Tensor:
+        """[sources, readers, P] bool. Raises MethodError for a circuit whose edges count at all positions."""
+        if "position_mask" not in self.tensors:
+            raise MethodError("this circuit has its edges at all positions", fix="Cut one with positions=True")
+        return self.tensors["position_mask"]
 
     @property
     def n_edges(self) -> int:
@@ -174,23 +207,38 @@ class Circuit(Result):
     # --- how good it is (the arithmetic is in `faithfulness.py`)
 
     def faithfulness(
-        self, behavior: "Behavior", *, metric: str = "logit_diff", model: "Model | None" = None
+        self,
+        behavior: "Behavior",
+        *,
+        metric: str = "logit_diff",
+        ablation: "AblationLike" = "counterfactual",
+        model: "Model | None" = None,
     ) -> "FaithfulnessResult":
-        """(m(circuit) - m(corrupt)) / (m(clean) - m(corrupt)), a ratio of means with a bootstrap interval over pairs.
+        """(m(circuit) - m(empty)) / (m(clean) - m(empty)), a ratio of means with a bootstrap interval over pairs.
 
-        Every edge outside the circuit carries its counterfactual value. 1: as the model; 0: as on the counterfactual.
+        ablation: what every edge outside the circuit carries: "counterfactual", "zero", "mean", "mean_positional",
+        "resample", "optimal" or an `Ablation`; several at once give a row each, since a circuit's score depends on it.
+        The empty circuit has every edge ablated (with "counterfactual" it is the model on the counterfactual). 1: as
+        the model; 0: as where all is ablated.
         """
         from headwater.localize.faithfulness import faithfulness
 
-        return faithfulness(self, behavior, metric=metric, model=model)
+        return faithfulness(self, behavior, metric=metric, ablation=ablation, model=model)
 
     def completeness(
-        self, behavior: "Behavior", *, metric: str = "logit_diff", model: "Model | None" = None
+        self,
+        behavior: "Behavior",
+        *,
+        metric: str = "logit_diff",
+        ablation: "AblationLike" = "counterfactual",
+        model: "Model | None" = None,
     ) -> "FaithfulnessResult":
-        """Faithfulness of everything but the circuit: 0 where the circuit is all there is (Wang et al., 2022)."""
+        """Faithfulness of everything but the circuit: 0 where the circuit is all there is. See also
+        `incompleteness`.
+        """
         from headwater.localize.faithfulness import completeness
 
-        return completeness(self, behavior, metric=metric, model=model)
+        return completeness(self, behavior, metric=metric, ablation=ablation, model=model)
 
     def minimality(
         self,
@@ -198,12 +246,13 @@ class Circuit(Result):
         *,
         metric: str = "logit_diff",
         nodes: Iterable[str] | None = None,
+        ablation: "AblationLike" = "counterfactual",
         model: "Model | None" = None,
     ) -> "MinimalityResult":
-        """For each node: how far faithfulness falls when the circuit does without it."""
+        """For each node: how far faithfulness falls when the circuit does without it (Wang et al., 2022)."""
         from headwater.localize.faithfulness import minimality
 
-        return minimality(self, behavior, metric=metric, nodes=nodes, model=model)
+        return minimality(self, behavior, metric=metric, nodes=nodes, ablation=ablation, model=model)
 
     def null(
         self,
@@ -213,12 +262,13 @@ class Circuit(Result):
         metric: str = "logit_diff",
         kinds: Iterable[str] = ("edges", "heads"),
         seed: int = 0,
+        ablation: "AblationLike" = "counterfactual",
         model: "Model | None" = None,
     ) -> "NullResult":
         """Faithfulness of `n` random circuits of each kind, matched in size and layer profile; see `nulls.py`."""
         from headwater.localize.faithfulness import null
 
-        return null(self, behavior, n=n, metric=metric, kinds=kinds, seed=seed, model=model)
+        return null(self, behavior, n=n, metric=metric, kinds=kinds, seed=seed, ablation=ablation, model=model)
 
     def curve(
         self,
@@ -228,6 +278,7 @@ class Circuit(Result):
         fractions: Iterable[float] = mib.FRACTIONS,
         rank: Rank = "abs",
         how: Any = "topn",
+        ablation: "AblationLike" = "counterfactual",
         model: "Model | None" = None,
     ) -> "FaithfulnessResult":
         """Faithfulness over sizes cut from this circuit's ranking, with MIB's areas CPR and CMD."""
@@ -235,7 +286,7 @@ class Circuit(Result):
 
         return curve(
             self.graph, self._ranking(), model or self.model, behavior,
-            metric=metric, fractions=tuple(fractions), rank=rank, how=how,
+            metric=metric, fractions=tuple(fractions), rank=rank, how=how, ablation=ablation,
         )  # fmt: skip
 
     # --- files of others

@@ -1,4 +1,8 @@
-"""How good a circuit is: faithfulness with its interval, completeness, minimality, a curve over sizes, its null."""
+"""How good a circuit is: faithfulness with its interval, completeness, minimality, a curve over sizes, its null.
+
+Faithfulness is (m(circuit) - m(empty)) / (m(model) - m(empty)), where the empty circuit has every edge ablated: with
+the counterfactual ablation it is the model on the counterfactual.
+"""
 
 import time
 from collections.abc import Iterable, Sequence
@@ -12,12 +16,14 @@ from torch import Tensor
 from headwater.core.errors import MethodError
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
+from headwater.localize.ablation import AblationLike, ablation_names, as_ablation, as_ablations, prepare
 from headwater.localize.circuit import Circuit
 from headwater.localize.evaluate import CircuitRunner
 from headwater.localize.graph import Graph
 from headwater.localize.mib import FRACTIONS, areas
 from headwater.localize.nulls import p_value, random_circuits
 from headwater.localize.passes import Engine, Scored, all_values, can_reuse_prefix, make_batches, tokens_at_once
+from headwater.localize.positions import prune_positions
 from headwater.localize.selection import Rank, edge_budget, prune, select
 from headwater.localize.stats import ratio
 
@@ -28,10 +34,12 @@ if TYPE_CHECKING:
 
 @register_result
 class FaithfulnessResult(Result):
-    """`tables["curve"]`: fraction, edges, faithfulness, lo, hi, metric (its name), value (its mean); one row a circuit.
+    """`tables["curve"]`: fraction, edges, faithfulness, lo, hi, metric (its name), value (its mean), ablation, empty
+    (the mean where every edge is ablated); one row a circuit and ablation.
 
-    facts: faithfulness, lo, hi (of the last row), full and corrupt (the metric's mean on prompt and
-    counterfactual), n pairs, and for a curve cpr and cmd. `tensors`: values [circuits, n], clean [n], corrupt [n].
+    facts: faithfulness, lo, hi (of the first ablation's last row), full and corrupt (the metric's mean on prompt and
+    counterfactual), n pairs, for a curve cpr and cmd, and `by_ablation`: the same for each. `tensors`: values [rows,
+    n], empty [rows, n], clean [n], corrupt [n].
     """
 
     kind: ClassVar[str] = "faithfulness"
@@ -39,7 +47,7 @@ class FaithfulnessResult(Result):
 
     @property
     def value(self) -> float:
-        """Faithfulness of the circuit (of a curve: of its largest)."""
+        """Faithfulness of the circuit (of a curve: of its largest) under the first ablation."""
         return float(self.facts["faithfulness"])
 
     @property
@@ -76,16 +84,20 @@ class MinimalityResult(Result):
 
 @dataclass(frozen=True, eq=False)
 class Values:
-    """A metric pair by pair: clean and corrupt [n], circuits [circuits, n], rows of the behavior's frame."""
+    """A metric pair by pair: clean, corrupt and empty (all edges ablated) [n], circuits [circuits, n], rows of the
+    behavior's frame. passes: forwards a pair that it took.
+    """
 
     rows: list[int]
     clean: Tensor
     corrupt: Tensor
     circuits: Tensor
+    empty: Tensor
+    passes: float = 0.0
 
     def faithfulness(self, index: int) -> tuple[float, float, float]:
         """(value, low, high) of one circuit."""
-        return ratio(self.circuits[index] - self.corrupt, self.clean - self.corrupt)
+        return ratio(self.circuits[index] - self.empty, self.clean - self.empty)
 
 
 def evaluate_masks(
@@ -96,47 +108,67 @@ def evaluate_masks(
     metric: str,
     label: str = "circuits",
     memory_mb: float | None = None,
+    ablation: AblationLike = "counterfactual",
+    positions: Sequence[str] | None = None,
 ) -> Values:
-    """The metric of many circuits (masks [sources, readers]) on a behavior's pairs, all on one counterfactual pass a
-    batch.
+    """The metric of many circuits on a behavior's pairs, all on one counterfactual pass a batch.
 
-    Raises MethodError where prompt and counterfactual give the same metric, so that no circuit can account for the
-    difference.
+    A circuit is a mask [sources, readers], or [sources, readers, P] over `positions`. ablation: what edges outside it
+    carry (see `Ablation`). Raises MethodError where the model and the empty circuit give the same metric, so that no
+    circuit can account for the difference.
     """
-    engine, scored = Engine(model), Scored.named(metric)
+    engine, scored, used = Engine(model), Scored.named(metric), as_ablation(ablation)
     graph = engine.wiring.graph
     bound = behavior.bind(model)
-    widest = max((int(mask.any(dim=1).sum()) for mask in masks), default=0)
+    widest = max((int(mask.flatten(1).any(dim=1).sum()) for mask in masks), default=0)
     floats = graph.d_model * (widest + 2 * graph.per_layer + 16 * graph.n_layers)
-    batches = make_batches(bound, tokens_at_once(model, floats, memory_mb), reuse_prefix=can_reuse_prefix(engine))
-    runner = CircuitRunner(engine, scored)
-    runner.check()
-    found = [runner.values(batch, masks) for batch in track(batches, label)]
+    # a pair's shared prefix may be run once only where nothing in it is ablated
+    reuse = used.kind == "counterfactual" and can_reuse_prefix(engine)
+    batches = make_batches(bound, tokens_at_once(model, floats, memory_mb), reuse_prefix=reuse)
+    CircuitRunner(engine, scored).check()
+    prepared = prepare(engine, bound, batches, used)
+    runner = CircuitRunner(engine, scored, prepared)
+    found = [runner.values(batch, masks, positions) for batch in track(batches, label)]
     rows, clean = all_values(batches, [f.clean for f in found])
     _, corrupt = all_values(batches, [f.corrupt for f in found])
+    _, empty = all_values(batches, [f.empty for f in found])
     circuits = [all_values(batches, [f.circuits[i] for f in found])[1] for i in range(len(masks))]
-    if float((clean - corrupt).mean()) == 0.0:
+    if float((clean - empty).mean()) == 0.0:
+        outside = "counterfactuals" if used.kind == "counterfactual" else f"a model ablated by {used.kind!r}"
         raise MethodError(
-            f"{metric} is the same on prompts and counterfactuals, so faithfulness is not defined",
+            f"{metric} is the same on prompts and {outside}, so faithfulness is not defined",
             got=float(clean.mean()),
         )
     stacked = torch.stack(circuits) if circuits else torch.zeros(0, len(rows), dtype=torch.float64)
-    return Values(rows, clean, corrupt, stacked)
+    return Values(rows, clean, corrupt, stacked, empty, len(masks) + 2 + prepared.passes)
 
 
 def faithfulness(
-    circuit: Circuit, behavior: "Behavior", *, metric: str = "logit_diff", model: "Model | None" = None
+    circuit: Circuit,
+    behavior: "Behavior",
+    *,
+    metric: str = "logit_diff",
+    ablation: AblationLike = "counterfactual",
+    model: "Model | None" = None,
 ) -> FaithfulnessResult:
     """See `Circuit.faithfulness`."""
-    return _judge("faithfulness", [circuit.mask], circuit.graph, model or circuit.model, behavior, metric)
+    used, places = model or circuit.model, circuit.positions
+    masks = [circuit.mask if places is None else circuit.position_mask]
+    return _judge("faithfulness", masks, circuit.graph, used, behavior, metric, ablation, positions=places)
 
 
 def completeness(
-    circuit: Circuit, behavior: "Behavior", *, metric: str = "logit_diff", model: "Model | None" = None
+    circuit: Circuit,
+    behavior: "Behavior",
+    *,
+    metric: str = "logit_diff",
+    ablation: AblationLike = "counterfactual",
+    model: "Model | None" = None,
 ) -> FaithfulnessResult:
     """See `Circuit.completeness`."""
-    outside = circuit.graph.allowed & ~circuit.mask
-    return _judge("completeness", [outside], circuit.graph, model or circuit.model, behavior, metric)
+    used, places, allowed = model or circuit.model, circuit.positions, circuit.graph.allowed
+    outside = allowed & ~circuit.mask if places is None else allowed[..., None] & ~circuit.position_mask
+    return _judge("completeness", [outside], circuit.graph, used, behavior, metric, ablation, positions=places)
 
 
 def curve(
@@ -149,14 +181,22 @@ def curve(
     fractions: Sequence[float] = FRACTIONS,
     rank: Rank = "abs",
     how: str = "topn",
+    ablation: AblationLike = "counterfactual",
 ) -> FaithfulnessResult:
-    """Faithfulness of the circuits of each size cut from a ranking of edges, and MIB's areas under the curve."""
+    """Faithfulness of the circuits of each size cut from a ranking of edges, and MIB's areas under the curve.
+
+    With several ablations, facts cpr and cmd are the first one's and `by_ablation` has each.
+    """
     masks = [select(graph, scores, fraction=f, rank=rank, how=how) for f in fractions]  # type: ignore[arg-type]
-    result = _judge("curve", masks, graph, model, behavior, metric, fractions=fractions)
+    result = _judge("curve", masks, graph, model, behavior, metric, ablation, fractions=fractions)
     result.facts |= {"rank": rank, "how": how}
     if len(fractions) > 1:
-        cpr, cmd = areas(result.tables["curve"]["faithfulness"].to_list(), fractions)
-        result.facts |= {"cpr": cpr, "cmd": cmd}
+        found = result.tables["curve"]["faithfulness"].to_list()
+        for number, own in enumerate(result.facts["by_ablation"].values()):
+            cpr, cmd = areas(found[number * len(fractions) : (number + 1) * len(fractions)], fractions)
+            own |= {"cpr": cpr, "cmd": cmd}
+        first = next(iter(result.facts["by_ablation"].values()))
+        result.facts |= {"cpr": first["cpr"], "cmd": first["cmd"]}
     return result
 
 
@@ -167,47 +207,70 @@ def _judge(
     model: "Model",
     behavior: "Behavior",
     metric: str,
+    ablation: AblationLike,
     *,
     fractions: Sequence[float] | None = None,
+    positions: Sequence[str] | None = None,
 ) -> FaithfulnessResult:
     started = time.monotonic()
-    values = evaluate_masks(model, behavior, masks, metric=metric, label=what)
-    kept = [int(prune(graph, mask).sum()) for mask in masks]
+    ablations = as_ablations(ablation)
+    names = ablation_names(ablations)
+    found = [
+        evaluate_masks(
+            model, behavior, masks, metric=metric, label=f"{what} ({name})", ablation=one, positions=positions
+        )
+        for name, one in zip(names, ablations, strict=True)
+    ]
+    first = found[0]
+    kept = [int((prune if mask.ndim == 2 else prune_positions)(graph, mask).sum()) for mask in masks]
     shares = list(fractions) if fractions is not None else [n / graph.n_edges for n in kept]
-    judged = [values.faithfulness(i) for i in range(len(masks))]
+    asked = [int(mask.sum()) for mask in masks]
+    if fractions is not None:
+        asked = [edge_budget(graph, None, f) for f in fractions]
+    judged = [values.faithfulness(i) for values in found for i in range(len(masks))]
     table = pl.DataFrame(
         {
-            "fraction": shares,
-            "edges": kept,
-            "asked": [edge_budget(graph, None, f) for f in fractions]
-            if fractions is not None
-            else [int(m.sum()) for m in masks],
+            "fraction": shares * len(found),
+            "edges": kept * len(found),
+            "asked": asked * len(found),
             "faithfulness": [f for f, _, _ in judged],
             "lo": [low for _, low, _ in judged],
             "hi": [high for _, _, high in judged],
-            "metric": [metric] * len(masks),
-            "value": values.circuits.mean(dim=1).tolist(),
+            "metric": [metric] * len(judged),
+            "value": [value for values in found for value in values.circuits.mean(dim=1).tolist()],
+            "ablation": [name for name in names for _ in masks],
+            "empty": [float(values.empty.mean()) for values in found for _ in masks],
         }
     )
-    value, low, high = judged[-1]
+    last = [judged[(number + 1) * len(masks) - 1] for number in range(len(found))]
+    by_ablation = {
+        name: {"faithfulness": f, "lo": low, "hi": high} for name, (f, low, high) in zip(names, last, strict=True)
+    }
+    value, low, high = last[0]
     facts = {
         "what": what,
         "faithfulness": value,
         "lo": low,
         "hi": high,
         "metric": metric,
-        "circuit": float(values.circuits[-1].mean()),
-        "full": float(values.clean.mean()),
-        "corrupt": float(values.corrupt.mean()),
-        "n": len(values.rows),
+        "circuit": float(first.circuits[-1].mean()),
+        "full": float(first.clean.mean()),
+        "corrupt": float(first.corrupt.mean()),
+        "n": len(first.rows),
         "edges": kept[-1],
         "n_total_edges": graph.n_edges,
+        "by_ablation": by_ablation,
     }
     return FaithfulnessResult(
         tables={"curve": table},
-        tensors={"values": values.circuits, "clean": values.clean, "corrupt": values.corrupt},
+        tensors={
+            "values": torch.cat([values.circuits for values in found]),
+            "empty": torch.stack([values.empty for values in found for _ in masks]),
+            "clean": first.clean,
+            "corrupt": first.corrupt,
+        },
         facts=facts,
-        config={"metric": metric, "what": what},
+        config={"metric": metric, "what": what, "ablation": [one.to_config() for one in ablations]},
         provenance=Provenance.collect(model, behavior, seconds=time.monotonic() - started),
     )
 
@@ -218,6 +281,7 @@ def minimality(
     *,
     metric: str = "logit_diff",
     nodes: Iterable[str] | None = None,
+    ablation: AblationLike = "counterfactual",
     model: "Model | None" = None,
 ) -> MinimalityResult:
     """See `Circuit.minimality`. `nodes`: which to leave out one at a time (all but input and logits unless said)."""
@@ -225,8 +289,8 @@ def minimality(
     used = model or circuit.model
     left_out = list(nodes) if nodes is not None else [n for n in circuit.nodes if n not in ("input", "logits")]
     masks = [circuit.mask, *(circuit.without(node).mask for node in left_out)]
-    values = evaluate_masks(used, behavior, masks, metric=metric, label="minimality")
-    whole = values.clean - values.corrupt
+    values = evaluate_masks(used, behavior, masks, metric=metric, label="minimality", ablation=ablation)
+    whole = values.clean - values.empty
     drops = [ratio(values.circuits[0] - values.circuits[i + 1], whole) for i in range(len(left_out))]
     table = pl.DataFrame(
         {
@@ -248,8 +312,9 @@ def minimality(
             "metric": metric,
             "n": len(values.rows),
             "nodes": len(left_out),
+            "ablation": as_ablation(ablation).kind,
         },
-        config={"metric": metric},
+        config={"metric": metric, "ablation": as_ablation(ablation).to_config()},
         provenance=Provenance.collect(used, behavior, seconds=time.monotonic() - started),
     )
 
@@ -262,6 +327,7 @@ def null(
     metric: str = "logit_diff",
     kinds: Iterable[str] = ("edges", "heads"),
     seed: int = 0,
+    ablation: AblationLike = "counterfactual",
     model: "Model | None" = None,
 ) -> NullResult:
     """See `Circuit.null`."""
@@ -272,9 +338,10 @@ def null(
     drawn = [
         (kind, mask) for kind in kinds for mask in random_circuits(circuit.graph, circuit.mask, n, kind=kind, seed=seed)
     ]
-    values = evaluate_masks(used, behavior, [circuit.mask, *(mask for _, mask in drawn)], metric=metric, label="null")
-    whole = float((values.clean - values.corrupt).mean())
-    found = [float((row - values.corrupt).mean()) / whole for row in values.circuits]
+    masks = [circuit.mask, *(mask for _, mask in drawn)]
+    values = evaluate_masks(used, behavior, masks, metric=metric, label="null", ablation=ablation)
+    whole = float((values.clean - values.empty).mean())
+    found = [float((row - values.empty).mean()) / whole for row in values.circuits]
     observed, draws = found[0], found[1:]
     table = pl.DataFrame(
         {"kind": [kind for kind, _ in drawn], "draw": list(range(n)) * len(kinds), "value": draws},
@@ -295,11 +362,12 @@ def null(
         "n": len(values.rows),
         "draws": len(draws),
         "metric": metric,
+        "ablation": as_ablation(ablation).kind,
         **{f"p_{kind}": p for kind, p in by_kind.items()},
     }
     return NullResult(
         tables={"draws": table},
         facts=facts,
-        config={"n": n, "metric": metric, "kinds": kinds, "seed": seed},
+        config={"n": n, "metric": metric, "kinds": kinds, "seed": seed, "ablation": as_ablation(ablation).to_config()},
         provenance=Provenance.collect(used, behavior, seed=seed, seconds=time.monotonic() - started),
     )

@@ -1,0 +1,249 @@
+"""What edges outside a circuit carry, against a plain definition layer after layer, in float64, on every family."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headwater.behavior.metrics import metric
+from headwater.core.errors import MethodError
+from headwater.core.model import Model
+from headwater.localize.ablation import Ablation, Constants, ablation_names, as_ablations, prepare
+from headwater.localize.evaluate import CircuitRunner
+from headwater.localize.passes import Engine, Scored, make_batches
+from headwater.localize.positions import position_index, prune_positions, top_positions
+from headwater.localize.selection import prune
+from localize_families import LAYERS, LAYOUTS, H, K, Plain, bound, make, pairs
+
+Weight = Callable[[str, str], Tensor | float]
+"""(source, reader) -> how much of the edge is in the circuit: 0, 1, or by pair and position [B, T, 1]."""
+
+
+def plain_reference(model: Model, name: str, group: Any, kind: str) -> dict[str, Tensor]:
+    """Source -> [B, T, D]: what its edges carry where they are ablated."""
+    plain = Plain(model, name)
+    writes = plain.writes(plain.run(group.corrupt))
+    if kind == "zero":  # what is left of a head is its share of the output projection's bias
+        out = {source: torch.zeros_like(write) for source, write in writes.items()}
+        for layer in range(LAYERS):
+            bias = plain.weight(layer, plain.layout.out_proj)[1]
+            for head in range(H):
+                if bias is not None and plain.layout.post_norm is None:
+                    out[f"a{layer}.h{head}"] += bias / H * plain.layout.scale
+        return out
+    if kind == "mean":
+        return {source: write.mean(dim=(0, 1)).expand_as(write) for source, write in writes.items()}
+    if kind == "mean_positional":
+        return {source: write.mean(dim=0).expand_as(write) for source, write in writes.items()}
+    return writes
+
+
+def plain_ablated(model: Model, name: str, group: Any, base: dict[str, Tensor], weight: Weight) -> Tensor:
+    """Logits [B, V] of a circuit by its definition: each reader reads the sum of the reference writes of all earlier
+    sources plus, of each edge in the circuit, what its source writes more in this run than its reference.
+    """
+    plain = Plain(model, name)
+    clean, corrupt = plain.run(group.clean), plain.run(group.corrupt)
+    own = plain.writes(corrupt)
+    live = {"input": plain.writes(clean)["input"]}
+    readers: dict[str, Callable[[Tensor], Tensor]] = {}
+
+    def reads(reader: str, before: list[str], stream: Tensor) -> Callable[[Tensor], Tensor]:
+        # what is in the stream besides the sources' writes is there in every run
+        value = stream - sum(own[s] for s in before) + sum(base[s] for s in before)
+        value = value + sum((live[s] - base[s]) * weight(s, reader) for s in before)
+        return lambda _: value
+
+    before = ["input"]
+    for layer in range(LAYERS):
+        heads = [f"a{layer}.h{h}" for h in range(H)]
+        stream = corrupt["resid"][layer]
+        for reader, _, _ in plain.reader_names(layer):
+            readers[reader] = reads(reader, list(before), stream)
+        now = plain.writes(plain.run(group.clean, plain.reading(readers)))
+        live |= {head: now[head] for head in heads}
+        mlp_before = list(before) if plain.layout.parallel else [*before, *heads]
+        middle = stream + sum(own[s] for s in mlp_before if s in heads)
+        readers[f"m{layer}"] = reads(f"m{layer}", mlp_before, middle)
+        live[f"m{layer}"] = plain.writes(plain.run(group.clean, plain.reading(readers)))[f"m{layer}"]
+        before = [*before, *heads, f"m{layer}"]
+    readers["logits"] = reads("logits", before, corrupt["final"])
+    return plain.run(group.clean, plain.reading(readers))["logits"]
+
+
+def evaluated(model: Model, group: Any, masks: list[Tensor], ablation: Ablation, positions: Any = None) -> Any:
+    engine = Engine(model)
+    reuse = ablation.kind == "counterfactual"
+    batches = make_batches(bound(group), 12, reuse_prefix=reuse)
+    prepared = prepare(engine, bound(group), batches, ablation)
+    runner = CircuitRunner(engine, Scored.named("logit_diff"), prepared)
+    found = [runner.values(batch, masks, positions) for batch in batches]
+    circuits = [torch.cat([f.circuits[i] for f in found]) for i in range(len(masks))]
+    return (
+        circuits,
+        torch.cat([f.clean for f in found]),
+        torch.cat([f.corrupt for f in found]),
+        torch.cat([f.empty for f in found]),
+    )
+
+
+@pytest.mark.parametrize("kind", ["zero", "mean", "mean_positional"])
+@pytest.mark.parametrize("name", LAYOUTS)
+@torch.no_grad()
+def test_ablated_circuits_equal_their_definition(name: str, kind: Any) -> None:
+    model, group = make(name), pairs(3, 6, 2)
+    graph = Engine(model).wiring.graph
+    generator = torch.Generator().manual_seed(3)
+    masks = [(torch.rand(graph.allowed.shape, generator=generator) < density) & graph.allowed for density in (0.2, 0.6)]
+    masks = [prune(graph, mask) for mask in masks] + [graph.allowed, torch.zeros_like(graph.allowed)]
+    found, clean, corrupt, empty = evaluated(model, group, masks, Ablation(kind=kind))
+    base = plain_reference(model, name, group, kind)
+    score = metric("logit_diff")
+    for mask, values in zip(masks, found, strict=True):
+        edges = set(graph.edge_names(mask))
+        logits = plain_ablated(model, name, group, base, lambda s, r, edges=edges: float((s, r) in edges))
+        torch.testing.assert_close(values, score(logits, group.answers, group.foils), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[2], clean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[3], empty, rtol=0, atol=0)
+    own = [
+        score(model.hf(input_ids=ids).logits[:, -1], group.answers, group.foils) for ids in (group.clean, group.corrupt)
+    ]
+    torch.testing.assert_close(torch.stack([clean, corrupt]), torch.stack(own), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(empty, corrupt)
+    assert not torch.allclose(found[0], found[1])
+
+
+@pytest.mark.parametrize("over", ["prompt", "counterfactual"])
+@torch.no_grad()
+def test_resampling_gives_each_pair_another_ones_values(over: Any) -> None:
+    model, group = make("llama"), pairs(4, 6, 2)
+    engine = Engine(model)
+    graph = engine.wiring.graph
+    mask = prune(
+        graph, (torch.rand(graph.allowed.shape, generator=torch.Generator().manual_seed(3)) < 0.4) & graph.allowed
+    )
+    ablation = Ablation(kind="resample", seed=5, over=over)
+    prepared = prepare(engine, bound(group), [], ablation)
+    assert prepared.others is not None
+    texts = {"prompt": group.clean, "counterfactual": group.corrupt}[over]
+    drawn = [next(i for i in range(4) if torch.equal(texts[i], prepared.others[row])) for row in range(4)]
+    assert sorted(drawn) == [0, 1, 2, 3]
+    assert all(i != row for row, i in enumerate(drawn))
+    found, _, corrupt, empty = evaluated(model, group, [mask], ablation)
+    plain = Plain(model, "llama")
+    base = plain.writes(plain.run(texts[drawn]))
+    edges = set(graph.edge_names(mask))
+    score = metric("logit_diff")
+    logits = plain_ablated(model, "llama", group, base, lambda s, r: float((s, r) in edges))
+    torch.testing.assert_close(found[0], score(logits, group.answers, group.foils), rtol=1e-9, atol=1e-9)
+    other = score(plain.run(texts[drawn])["logits"], group.answers, group.foils)
+    torch.testing.assert_close(empty, other, rtol=1e-9, atol=1e-9)
+    usual = score(plain.run(group.corrupt)["logits"], group.answers, group.foils)
+    torch.testing.assert_close(corrupt, usual, rtol=1e-9, atol=1e-9)
+    alone = prepare(engine, bound(pairs(1, 5, 2)), [], ablation)
+    assert alone.others is not None
+    assert torch.equal(alone.others[0], pairs(1, 5, 2).corrupt[0])
+
+
+def test_constants_are_given_and_go_through_files() -> None:
+    model, group = make("gemma2"), pairs(3, 6, 2)
+    engine = Engine(model)
+    graph = engine.wiring.graph
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    heads = tuple(drawn(H, 1, K) for _ in range(LAYERS))
+    constants = Constants(drawn(1, 32), heads, tuple(drawn(1, 32) for _ in range(LAYERS)), (None,) * LAYERS)
+    constants = Constants.from_tensors(constants.tensors())
+    mask = prune(graph, (torch.rand(graph.allowed.shape, generator=generator) < 0.5) & graph.allowed)
+    with torch.no_grad():
+        found, *_ = evaluated(model, group, [mask], Ablation(kind="optimal", constants=constants))
+        plain = Plain(model, "gemma2")
+        base = {"input": constants.input.expand(3, 6, 32)}
+        for layer in range(LAYERS):
+            norm, weight = plain.at(layer, plain.layout.post_norm), plain.weight(layer, plain.layout.out_proj)[0]
+            for head in range(H):
+                write = constants.heads[layer][head] @ weight[:, head * K : (head + 1) * K].T * (norm.weight + 1)
+                base[f"a{layer}.h{head}"] = write.expand(3, 6, 32)
+            base[f"m{layer}"] = constants.mlps[layer].expand(3, 6, 32)
+        edges = set(graph.edge_names(mask))
+        logits = plain_ablated(model, "gemma2", group, base, lambda s, r: float((s, r) in edges))
+    expected = metric("logit_diff")(logits, group.answers, group.foils)
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-9)
+    with pytest.raises(MethodError, match="another model"):
+        evaluated(make("gpt2"), group, [], Ablation(kind="optimal", constants=Constants(
+            torch.zeros(1, 8), heads, constants.mlps, constants.shared)))  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["counterfactual", "mean", "zero"])
+@pytest.mark.parametrize("name", ["llama", "neox", "gemma2"])
+@torch.no_grad()
+def test_circuits_by_position_equal_their_definition(name: str, kind: Any) -> None:
+    model, group = make(name), pairs(3, 6, 2)
+    group.positions["S2"] = torch.tensor([2, 3, 3])
+    graph = Engine(model).wiring.graph
+    names = ["S2", "other", "END"]
+    generator = torch.Generator().manual_seed(3)
+    mask = (torch.rand(*graph.allowed.shape, 3, generator=generator) < 0.4) & graph.allowed[..., None]
+    mask = prune_positions(graph, mask)
+    whole = graph.allowed[..., None].expand_as(mask)
+    found, clean, _, empty = evaluated(model, group, [mask, whole, mask & False], Ablation(kind=kind), names)
+    index = torch.ones(3, 6, dtype=torch.long)
+    index[:, -1] = 2
+    index[torch.arange(3), group.positions["S2"]] = 0
+
+    def weight(source: str, reader: str) -> Tensor:
+        own = mask[graph.source(source), graph.reader(reader)].double()
+        return own[index][..., None]
+
+    base = plain_reference(model, name, group, kind)
+    logits = plain_ablated(model, name, group, base, weight)
+    expected = metric("logit_diff")(logits, group.answers, group.foils)
+    torch.testing.assert_close(found[0], expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[1], clean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found[2], empty, rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(expected, clean)
+
+
+def test_positions_are_told_apart() -> None:
+    group = pairs(2, 4, 0)
+    group.positions["S"] = torch.tensor([0, 3])
+    (batch,) = make_batches(bound(group), 100)
+    assert position_index(batch, ["S", "END", "other"]).tolist() == [[0, 2, 2, 1], [2, 2, 2, 0]]
+    assert position_index(batch, ["-1", "-2", "other"]).tolist() == [[2, 2, 1, 0]] * 2
+    assert position_index(batch, [f"-{i}" for i in range(1, 8)]).tolist() == [[3, 2, 1, 0]] * 2
+    with pytest.raises(MethodError, match="no name covers"):
+        position_index(batch, ["END"])
+    with pytest.raises(MethodError, match="unknown position"):
+        position_index(batch, ["S3", "other"])
+
+
+def test_the_best_edges_at_positions_are_taken_and_connected() -> None:
+    graph = Engine(make("llama")).wiring.graph
+    scores = torch.zeros(*graph.allowed.shape, 2, dtype=torch.float64)
+    i, a, m, out = graph.source("input"), graph.source("a0.h1"), graph.source("m1"), graph.reader("logits")
+    scores[i, graph.reader("a0.h1<k>"), 0] = 5  # a key at one class serves the head's output at the other
+    scores[a, out, 1] = -4
+    scores[i, graph.reader("m1"), 0] = 3  # an MLP works at each position by itself: nothing comes of this one
+    scores[m, out, 1] = 2
+    assert int(top_positions(graph, scores, edges=4, pruned=False).sum()) == 4
+    kept = top_positions(graph, scores, edges=4)
+    assert sorted(map(tuple, kept.nonzero().tolist())) == sorted([(i, graph.reader("a0.h1<k>"), 0), (a, out, 1)])
+    assert int(top_positions(graph, scores, edges=3, rank="signed", pruned=False)[a, out].sum()) == 0
+
+
+def test_ablations_are_named_and_checked() -> None:
+    assert ablation_names(as_ablations(["mean", Ablation(kind="mean", over="both"), "zero"])) == [
+        "mean",
+        "mean 2",
+        "zero",
+    ]
+    for wrong in ("average", 3, []):
+        with pytest.raises(MethodError):
+            as_ablations(wrong)
+    with pytest.raises(MethodError, match="texts"):
+        Ablation(kind="mean", over="train")  # type: ignore[arg-type]

@@ -1,14 +1,14 @@
 """Many patches of one model at the least cost: each starts where it first changes something.
 
-A patch at layer L starts from the base run's stream at L (or L + 1, or in the middle of L behind its attention);
-patches are stacked along the batch; positions before the first changed one come from the base run's keys and values; a
-patch of what the last layer adds is run at the last position only; and the unembedding reads that position only.
+`schedule.py` decides where; here the base run and the other run are recorded once a batch of pairs, each patch's start
+is built from them, and what a run changes after its start is put in by hooks. The unembedding reads the last position
+only.
 
 Shapes: B pairs, T positions of the prompt, D width, R patches stacked.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,31 +16,30 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headwater.core.errors import MethodError
 from headwater.localize.hooks import on_input, on_output, on_port, replace_forward
 from headwater.localize.passes import Batch, Engine, Scored, can_narrow, copied
+from headwater.localize.schedule import (
+    ATTENTION,
+    HEADED,
+    KINDS,
+    MLP,
+    PROJECTED,
+    STREAM,
+    Begin,
+    Chunk,
+    Geometry,
+    Joint,
+    Kind,
+    Patch,
+    Planned,
+    Target,
+)
 
-Kind = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head"]
-KINDS: tuple[Kind, ...] = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One thing to patch: a kind of site at a layer (and head), at all positions, or at one a pair."""
-
-    kind: Kind
-    layer: int
-    head: int | None = None
-    position: str | None = None
-
-    @property
-    def site(self) -> str:
-        text = f"{self.kind}.{self.layer}" + ("" if self.head is None else f".h{self.head}")
-        return text if self.position is None else f"{text}@{self.position}"
+__all__ = ["HEADED", "KINDS", "Edit", "Job", "Joint", "Kind", "Patch", "Record", "Sweep", "Target", "record_run"]
 
 
 @dataclass(eq=False)
-class _Record:
+class Record:
     """One run: streams before each block and after the last, what heads mix and sub-layers give, whole outputs."""
 
     streams: list[Tensor] = field(default_factory=list)
@@ -48,66 +47,140 @@ class _Record:
     mixed: list[Tensor] = field(default_factory=list)
     attention: list[Tensor] = field(default_factory=list)
     mlp: list[Tensor] = field(default_factory=list)
+    made: list[dict[nn.Module, Tensor]] = field(default_factory=list)
+    """Outputs of the query, key and value projections; kept only where asked for."""
     outputs: dict[nn.Module, Any] = field(default_factory=dict)
     logits: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class _Job:
-    """A patch made ready: where its run starts, from which position, and the [B, T - first, D] to start with."""
+Point = Literal["stream", "made", "z", "attention", "mid", "mlp_in", "mlp"]
+_POINTS: tuple[Point, ...] = ("stream", "made", "z", "attention", "mid", "mlp_in", "mlp")
 
-    target: Target
-    start: int
-    behind_attention: bool
-    first: int
+
+@dataclass(frozen=True, eq=False)
+class Edit:
+    """A value that takes the place of what passes a point of a run, [B, T', width] for its last T' positions.
+
+    where: [B, T] bool, None for everywhere. columns: of the last axis, None for all. "mid" is the stream behind
+    attention, "made" what a projection gives, "mlp_in" what the MLP reads after its norm.
+    """
+
+    point: Point
+    layer: int
+    value: Tensor
+    where: Tensor | None = None
+    columns: Tensor | slice | None = None
+    module: nn.Module | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A run made ready: where it starts, what it starts with ([B, T - first, D]), and what it changes on its way."""
+
+    key: Hashable
+    begin: Begin
     build: Callable[[int], Tensor]
+    edits: tuple[Edit, ...] = ()
+
+
+def record_run(
+    engine: Engine, ids: Tensor, past: Any = None, *, cached: bool = False, made: bool = False
+) -> tuple[Record, Any]:
+    """(a run of tokens [B, T] as it was, its keys and values if `cached`). made: queries, keys and values too."""
+    record = Record()
+    layers = engine.wiring.layers
+    with ExitStack() as stack:
+        for layer in layers:
+            on_port(stack, layer.block.input, lambda x: record.streams.append(x))
+            stack.callback(on_input(layer.attention.out_proj, lambda z: record.z.append(z)).remove)
+            on_output(stack, layer.attention.out_proj, lambda y: record.mixed.append(y))
+            on_port(stack, layer.attention.write.port, lambda y: record.attention.append(y))
+            on_port(stack, layer.mlp.write.port, lambda y: record.mlp.append(y))
+            for module in (layer.block.module, layer.attention.module):
+                on_output(stack, module, lambda y, module=module: record.outputs.__setitem__(module, y))
+            if made:
+                own: dict[nn.Module, Tensor] = {}
+                record.made.append(own)
+                for module in layer.projections:
+                    on_output(stack, module, lambda y, own=own, module=module: own.__setitem__(module, y))
+        on_port(stack, layers[-1].block.output, lambda x: record.streams.append(x))
+        if cached:
+            from transformers import DynamicCache
+
+            past = DynamicCache(config=engine.hf.config)
+            record.logits = engine.hf(
+                input_ids=ids.to(engine.model.device), past_key_values=past, use_cache=True
+            ).logits[:, -1]
+        else:
+            record.logits = engine.forward(ids, past)
+    return record, past if cached else None
+
+
+Fill = Callable[["Sweep"], Record]
+"""Makes the record of the other run, where that is no run of these prompts."""
 
 
 class Sweep:
-    """Patches one batch of pairs: values of the other run put into the base run."""
+    """Patches one batch of pairs: values of the other run put into the base run.
 
-    def __init__(self, engine: Engine, metric: Scored, batch: Batch, *, base_is_clean: bool, reuse: bool) -> None:
-        self.engine, self.metric, self.batch = engine, metric, batch
+    metric: one, or several that are read off the same logits; values are [B], or [metrics, B]. noise: [B, T, D], added
+    to the embeddings of the corrupt run, whose tokens are then the prompt's own. fill: makes the other run's record.
+    made: record queries, keys and values too.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        metric: Scored | Sequence[Scored],
+        batch: Batch,
+        *,
+        base_is_clean: bool,
+        reuse: bool,
+        noise: Tensor | None = None,
+        fill: Fill | None = None,
+        made: bool = False,
+    ) -> None:
+        self.engine, self.batch = engine, batch
+        self.metrics = (metric,) if isinstance(metric, Scored) else tuple(metric)
+        self._one = isinstance(metric, Scored)
         self.layers = engine.wiring.layers
         self.narrows = can_narrow(engine)  # measured here, before any hook of a sweep is in
-        self.base_ids, other_ids = (batch.clean, batch.corrupt) if base_is_clean else (batch.corrupt, batch.clean)
+        corrupt_ids = batch.corrupt if noise is None else batch.clean
+        self.base_ids, other_ids = (batch.clean, corrupt_ids) if base_is_clean else (corrupt_ids, batch.clean)
         self.length = self.base_ids.shape[1]
-        self.base, self.past = self._record(self.base_ids, None, cached=reuse)
+        with self._noised(None if base_is_clean else noise):
+            self.base, self.past = record_run(engine, self.base_ids, cached=reuse, made=made)
         if self.past is not None and any(layer.keys.shape[-2] != self.length for layer in self.past.layers):
             self.past = None  # a window dropped keys: every run then goes through all positions
         self.prefix = batch.prefix if self.past is not None else 0
-        before = self._cache(self.prefix, 1, 0) if self.prefix else None
-        self.other, _ = self._record(other_ids[:, self.prefix :], before, cached=False)
-        clean = self.base.logits if base_is_clean else self.other.logits
-        assert clean is not None and self.base.logits is not None and self.other.logits is not None
+        if fill is None:
+            before = self._cache(self.prefix, 1, 0) if self.prefix else None
+            late = None if noise is None or not base_is_clean else noise[:, self.prefix :]
+            with self._noised(late):
+                self.other, _ = record_run(engine, other_ids[:, self.prefix :], before, made=made)
+            end = self.other.logits
+        else:
+            end = engine.forward(other_ids)
+            self.other = fill(self)
+        clean = self.base.logits if base_is_clean else end
+        assert clean is not None and self.base.logits is not None and end is not None
         self.reference = clean
-        self.base_value = metric(batch, self.base.logits, clean)
-        self.other_value = metric(batch, self.other.logits, clean)
+        self.geometry = geometry_of(engine, batch, cached=self.past is not None)
+        self.base_value, self.other_value = self.score(self.base.logits), self.score(end)
+
+    def score(self, logits: Tensor) -> Tensor:
+        """[B], or of several metrics [metrics, B], of logits [B, V]."""
+        values = [metric(self.batch, logits, self.reference) for metric in self.metrics]
+        return values[0] if self._one else torch.stack([value.double() for value in values])
 
     # --- the two runs
 
-    def _record(self, ids: Tensor, past: Any, *, cached: bool) -> tuple[_Record, Any]:
-        record = _Record()
-        with ExitStack() as stack:
-            for layer in self.layers:
-                on_port(stack, layer.block.input, lambda x: record.streams.append(x))
-                stack.callback(on_input(layer.attention.out_proj, lambda z: record.z.append(z)).remove)
-                on_output(stack, layer.attention.out_proj, lambda y: record.mixed.append(y))
-                on_port(stack, layer.attention.write.port, lambda y: record.attention.append(y))
-                on_port(stack, layer.mlp.write.port, lambda y: record.mlp.append(y))
-                for module in (layer.block.module, layer.attention.module):
-                    on_output(stack, module, lambda y, module=module: record.outputs.__setitem__(module, y))
-            on_port(stack, self.layers[-1].block.output, lambda x: record.streams.append(x))
-            if cached:
-                from transformers import DynamicCache
-
-                past = DynamicCache(config=self.engine.hf.config)
-                record.logits = self.engine.hf(
-                    input_ids=ids.to(self.engine.model.device), past_key_values=past, use_cache=True
-                ).logits[:, -1]
-            else:
-                record.logits = self.engine.forward(ids, past)
-        return record, past if cached else None
+    def _noised(self, noise: Tensor | None) -> ExitStack:
+        stack = ExitStack()
+        if noise is not None:
+            embedding = self.engine.hf.get_input_embeddings()
+            on_output(stack, embedding, lambda y: y + noise.to(y))
+        return stack
 
     def _cache(self, first: int, repeats: int, start: int) -> Any:
         """The base run's keys and values before position `first`, for `repeats` patches; of blocks from `start` on."""
@@ -122,130 +195,144 @@ class Sweep:
 
     # --- patches
 
-    def values(self, targets: Sequence[Target], tokens_at_once: int) -> dict[Target, Tensor]:
-        """The metric [B] of the base run with each target patched."""
-        found: dict[Target, Tensor] = {}
-        jobs: dict[tuple[int, bool, int], list[_Job]] = {}
-        for target in targets:
-            job = self._job(target)
-            if job is None:
-                found[target] = self.base_value
+    def values(self, patches: Iterable[Patch], tokens_at_once: int) -> dict[Patch, Tensor]:
+        """The metric of the base run with each patch (alone) put in."""
+        found: dict[Any, Tensor] = {}
+        jobs: list[Job] = []
+        for patch in patches:
+            planned = self.geometry.planned(patch)
+            if planned is None:
+                found[patch] = self.base_value
             else:
-                jobs.setdefault((job.start, job.behind_attention, job.first), []).append(job)
-        for (start, behind, first), group in sorted(jobs.items()):
-            size = max(1, tokens_at_once // (len(self.batch) * (self.length - first)))
-            for at in range(0, len(group), size):
-                part = group[at : at + size]
-                logits = self._run(start, behind, first, [job.build(first) for job in part])
-                for job, own in zip(part, logits.view(len(part), len(self.batch), -1), strict=True):
-                    found[job.target] = self.metric(self.batch, own, self.reference)
+                jobs.append(self._job(planned))
+        for chunk, logits in self.run(jobs, tokens_at_once):
+            for job, own in zip(chunk.jobs, logits, strict=True):
+                found[job.key] = self.score(own)
         return found
 
-    def _job(self, target: Target) -> _Job | None:
-        """How to run one patch; None where it changes nothing that the last position can see."""
-        last = len(self.layers) - 1
-        where = self._positions(target.position)
-        if where is not None and int(where.max()) < self.batch.prefix:
-            return None  # the two runs are the same there
-        layer, kind = target.layer, target.kind
-        parallel = self.layers[layer].block.order == "parallel"
-        behind = kind in ("resid_mid", "attn_out", "head") and not parallel
-        start = layer if behind or kind == "resid_pre" else layer + 1
-        first = self.prefix if where is None else int(where.min())
-        if layer == last and kind != "resid_pre":
-            first = self.length - 1  # nothing after this layer mixes positions
-            if where is not None and bool((where < first).all()):
-                return None
-        first = first if self.past is not None else 0
+    def run(self, jobs: Iterable[Job], tokens_at_once: int) -> Iterator[tuple[Chunk[Job], Tensor]]:
+        """(jobs run at once, their logits [R, B, V])."""
+        for chunk in self.geometry.chunks(jobs, tokens_at_once):
+            starts = [job.build(chunk.begin.first) for job in chunk.jobs]
+            logits = self._run(chunk.begin, starts, [job.edits for job in chunk.jobs])
+            yield chunk, logits.view(len(starts), len(self.batch), -1)
 
-        def build(first: int) -> Tensor:
-            return self._start(target, first, where)
+    def _job(self, planned: Planned) -> Job:
+        """The earliest parts make the start, the others are edits on the way."""
+        begin, geometry = planned.begin, self.geometry
+        stages = {part: geometry.stage(part) for part in planned.parts}
+        earliest = min(stages.values())
+        into = earliest[1] if earliest[1] in (STREAM, ATTENTION, MLP) else None
+        starting = [part for part in planned.parts if stages[part] == earliest and into is not None]
+        if into == MLP:  # the run starts with the stream behind the block, which more parts may replace
+            starting += [part for part in planned.parts if stages[part] == (begin.start, STREAM)]
+        edits = [edit for part in planned.parts if part not in starting for edit in self.edits(part)]
+        return Job(planned.patch, begin, lambda first: self._start(begin, starting, first), tuple(edits))
 
-        return _Job(target, start, behind, first, build)
-
-    def _positions(self, position: str | None) -> Tensor | None:
-        """[B] indices into the prompt, or None for all positions."""
-        if position is None:
-            return None
-        if position in self.batch.positions:
-            return self.batch.positions[position]
-        try:
-            index = int(position)
-        except ValueError:
-            known = ", ".join(sorted(self.batch.positions)) or "none"
-            raise MethodError(
-                "unknown position", got=repr(position), wanted=f"a number, * or one of: {known}"
-            ) from None
-        index = index + self.length if index < 0 else index
-        if not 0 <= index < self.length:
-            raise MethodError("no such position", got=position, wanted=f"-{self.length} to {self.length - 1}")
-        return torch.full((len(self.batch),), index)
-
-    def _start(self, target: Target, first: int, where: Tensor | None) -> Tensor:
+    def _start(self, begin: Begin, parts: Sequence[Target], first: int) -> Tensor:
         """What the run starts with, [B, T - first, D]: a stream, or what attention gives in its block."""
-        base, other, layer = self.base, self.other, self.layers[target.layer]
-        at = target.layer
-        if target.kind in ("resid_pre", "resid_post"):
-            index = at + (target.kind == "resid_post")
-            return self._mixed(
-                base.streams[index], self._whole(other.streams[index], base.streams[index]), first, where
-            )
-        if target.kind == "mlp_out":
-            ours, theirs, scale = base.mlp[at], other.mlp[at], layer.mlp.write.scale
-        else:
-            ours, scale = base.attention[at], layer.attention.write.scale
-            theirs = other.attention[at] if target.head is None else None
-        shape = base.streams[at].shape
-        ours = ours.reshape(shape)
-        if target.kind == "resid_mid":
-            # the attention's output with which the stream behind it is the other run's
-            assert theirs is not None
-            theirs = theirs.reshape(shape[0], -1, shape[-1]) + self._streams_differ(at) / scale
-        if theirs is None:
-            new = self._head(target, first, where)
-        else:
-            theirs = self._whole(theirs.reshape(shape[0], -1, shape[-1]), ours)
-            new = self._mixed(ours, theirs, first, where)
-        if target.kind != "mlp_out" and layer.block.order != "parallel":
-            return new
-        return base.streams[at + 1][:, first:] + (new - ours[:, first:]) * scale
+        if begin.behind:
+            return self._attention(begin.start, parts, first)
+        stream = self.base.streams[begin.start][:, first:]
+        writes = [part for part in parts if part.kind in ("head", "attn_out", "mlp_out")]
+        if any(part.kind == "mlp_out" for part in writes):
+            layer = begin.start - 1
+            ours = self.base.mlp[layer].reshape(self.base.streams[layer].shape)[:, first:]
+            new = ours
+            for part in writes:
+                if part.kind == "mlp_out":
+                    new = self._put(part, new, self._whole(self.other.mlp[layer], self.base.mlp[layer]))
+            stream = stream + (new - ours) * self.layers[layer].mlp.write.scale
+        if any(part.kind != "mlp_out" for part in writes):
+            layer = begin.start - 1
+            ours = self._given(layer)[:, first:]
+            new = self._attention(layer, [part for part in writes if part.kind != "mlp_out"], first)
+            stream = stream + (new - ours) * self.layers[layer].attention.write.scale
+        for part in parts:
+            if part.kind in ("resid_pre", "resid_post"):
+                at = begin.start
+                stream = self._put(part, stream, self._whole(self.other.streams[at], self.base.streams[at]))
+        return stream
 
-    def _streams_differ(self, layer: int) -> Tensor:
-        """[B, T - prefix, D]: the other run's stream before a block, less the base run's."""
-        return self.other.streams[layer] - self.base.streams[layer][:, self.prefix :]
+    def _attention(self, at: int, parts: Sequence[Target], first: int) -> Tensor:
+        """What attention gives, [B, T - first, D], with some of it from the other run."""
+        layer, width = self.layers[at], self.layers[at].attention.d_value
+        heads = [part for part in parts if part.kind == "head"]
+        new = self._given(at)[:, first:]
+        if heads:
+            mixed = self.base.mixed[at][:, first:]
+            for part in heads:
+                assert part.head is not None
+                cut = slice(part.head * width, (part.head + 1) * width)
+                ours = self.base.z[at][..., cut]
+                theirs = self._put(part, ours[:, first:], self._whole(self.other.z[at][..., cut], ours))
+                mixed = mixed + (theirs - ours[:, first:]) @ layer.attention.out_weight_HKD()[part.head]
+            new = mixed if layer.post_norm.module is None else layer.post_norm.module(mixed)
+        for part in parts:
+            if part.kind == "attn_out":
+                new = self._put(part, new, self._whole(self.other.attention[at], self._given(at)))
+        for part in parts:
+            if part.kind == "resid_mid":
+                new = self._put(part, new, self._attention_to_mid(at))
+        return new
 
-    def _head(self, target: Target, first: int, where: Tensor | None) -> Tensor:
-        """What attention gives with one head's values taken from the other run."""
-        at, layer = target.layer, self.layers[target.layer]
-        base, width = self.base, layer.attention.d_value
-        assert target.head is not None
-        cut = slice(target.head * width, (target.head + 1) * width)
-        ours = base.z[at][..., cut]
-        theirs = self._mixed(ours, self._whole(self.other.z[at][..., cut], ours), first, where)
-        weight = layer.attention.out_weight_HKD()[target.head]
-        mixed = base.mixed[at][:, first:] + (theirs - ours[:, first:]) @ weight
-        norm = layer.post_norm.module
-        return mixed if norm is None else norm(mixed)
+    def _given(self, layer: int) -> Tensor:
+        """What attention gives in the base run, [B, T, D]."""
+        return self.base.attention[layer].reshape(self.base.streams[layer].shape)
+
+    def _attention_to_mid(self, at: int) -> Tensor:
+        """The attention's output with which the stream behind it is the other run's, from the base run's stream."""
+        ours, scale = self.base.streams[at], self.layers[at].attention.write.scale
+        theirs = self._whole(self.other.streams[at], ours) - ours
+        return self._whole(self.other.attention[at], self._given(at)) + theirs / scale
 
     def _whole(self, other: Tensor, like: Tensor) -> Tensor:
         """The other run at all positions: before the prefix ends it is the base run."""
+        like = like.reshape(len(self.batch), self.length, -1)
+        other = other.reshape(len(self.batch), -1, like.shape[-1])
         return torch.cat([like[:, : self.prefix], other], dim=1) if self.prefix else other
 
-    @staticmethod
-    def _mixed(ours: Tensor, theirs: Tensor, first: int, where: Tensor | None) -> Tensor:
+    def _put(self, part: Target, ours: Tensor, theirs: Tensor) -> Tensor:
+        """`ours` [B, T', D], the last positions, with `theirs` [B, T, D] where the part says."""
+        steps = ours.shape[1]
+        where = self.geometry.where(part.position)
+        theirs = theirs[:, theirs.shape[1] - steps :]
         if where is None:
-            return theirs[:, first:]
-        new = ours[:, first:].clone()
-        rows = torch.arange(len(new))
-        inside = where >= first
-        new[rows[inside], where[inside] - first] = theirs[rows[inside], where[inside]]
-        return new
+            return theirs
+        return torch.where(where[:, self.length - steps :, None].to(ours.device), theirs, ours)
 
-    def _run(self, start: int, behind: bool, first: int, starts: Sequence[Tensor]) -> Tensor:
+    def edits(self, part: Target) -> list[Edit]:
+        """What puts one target of the other run into a run that started before it."""
+        at, layer, base, other = part.layer, self.layers[part.layer], self.base, self.other
+        where, kind = self.geometry.where(part.position), part.kind
+        if kind in ("resid_pre", "resid_post"):
+            at += kind == "resid_post"
+            return [Edit("stream", at, self._whole(other.streams[at], base.streams[at]), where)]
+        if kind == "resid_mid":
+            stream = self._whole(other.streams[at], base.streams[at])
+            given = self._whole(other.attention[at], base.attention[at])
+            return [Edit("mid", at, stream + given * layer.attention.write.scale, where)]
+        if kind == "mlp_out":
+            return [Edit("mlp", at, self._whole(other.mlp[at], base.mlp[at]), where)]
+        if kind == "attn_out":
+            return [Edit("attention", at, self._whole(other.attention[at], base.attention[at]), where)]
+        if kind == "head":
+            assert part.head is not None
+            width = layer.attention.d_value
+            cut = slice(part.head * width, (part.head + 1) * width)
+            return [Edit("z", at, self._whole(other.z[at], base.z[at])[..., cut], where, cut)]
+        of = layer.parts[kind]  # type: ignore[index]
+        rows = (of.rows if part.head is None else of.rows[part.head]).flatten()
+        value = self._whole(other.made[at][of.projection], base.made[at][of.projection])
+        return [Edit("made", at, value[..., rows.to(value.device)], where, rows.to(value.device), of.projection)]
+
+    # --- a run
+
+    def _run(self, begin: Begin, starts: Sequence[Tensor], edits: Sequence[Sequence[Edit]]) -> Tensor:
         """Logits [R B, V] of patches that start alike."""
-        repeats = len(starts)
+        repeats, start, first = len(starts), begin.start, begin.first
         stacked = torch.cat(list(starts))
-        stream = _stacked(self.base.streams[start][:, first:], repeats) if behind else stacked
+        stream = _stacked(self.base.streams[start][:, first:], repeats) if begin.behind else stacked
         with ExitStack() as stack:
             for index in range(start):
                 block = self.layers[index].block
@@ -258,12 +345,64 @@ class Sweep:
                 )
             if start == 0:
                 on_port(stack, self.layers[0].block.input, lambda _: stream)
-            if behind:
+            if begin.behind:
                 self._after_attention(stack, start, stacked)
-            if start < len(self.layers) - behind and first < self.length - 1 and self.narrows:
+            if self.geometry.narrowed(begin, self.narrows):
                 self.engine.narrow(stack)
+            self._put_edits(stack, edits)
             ids = self.base_ids[:, first:].repeat(repeats, 1)
             return self.engine.forward(ids, self._cache(first, repeats, start) if first else None)
+
+    def _put_edits(self, stack: ExitStack, edits: Sequence[Sequence[Edit]]) -> None:
+        by_point: dict[tuple[Any, ...], list[tuple[int, Edit]]] = {}
+        for index, own in enumerate(edits):
+            for edit in own:
+                by_point.setdefault((edit.layer, edit.point, edit.module), []).append((index, edit))
+        n = len(edits)
+        for (at, point, module), group in sorted(by_point.items(), key=lambda item: _POINTS.index(item[0][1])):
+            layer = self.layers[min(at, len(self.layers) - 1)]
+
+            def put(y: Tensor, group: list[tuple[int, Edit]] = group) -> Tensor:
+                return self._edited(y, n, group)
+
+            if point == "stream":
+                port = layer.block.input if at < len(self.layers) else layer.block.output
+                on_port(stack, port, put)
+            elif point == "made":
+                on_output(stack, module, put)  # type: ignore[arg-type]
+            elif point == "z":
+                stack.callback(on_input(layer.attention.out_proj, put).remove)
+            elif point == "attention":
+                on_port(stack, layer.attention.write.port, put)
+            elif point == "mid":
+                self._put_mid(stack, at, n, group)
+            else:
+                on_port(stack, layer.mlp.entry if point == "mlp_in" else layer.mlp.write.port, put)
+
+    def _put_mid(self, stack: ExitStack, at: int, n: int, group: list[tuple[int, Edit]]) -> None:
+        layer, streams = self.layers[at], []
+        scale = layer.attention.write.scale
+        on_port(stack, layer.block.input, lambda x: streams.append(x))
+
+        def put(y: Tensor) -> Tensor:
+            x = streams.pop()[:, -y.shape[1] :]
+            return ((self._edited(x + y * scale, n, group) - x) / scale).to(y.dtype)
+
+        on_port(stack, layer.attention.write.port, put)
+
+    def _edited(self, y: Tensor, n: int, group: Sequence[tuple[int, Edit]]) -> Tensor:
+        """What passes a point in a stack of `n` runs, with the edits of some of them."""
+        new = y.clone(memory_format=torch.contiguous_format)
+        rows = new.view(n, len(self.batch), -1, y.shape[-1])
+        steps = rows.shape[2]
+        for index, edit in group:
+            columns = slice(None) if edit.columns is None else edit.columns
+            value = edit.value[:, edit.value.shape[1] - steps :]
+            if edit.where is not None:
+                where = edit.where[:, self.length - steps :, None].to(y.device)
+                value = torch.where(where, value, rows[index][..., columns])
+            rows[index][..., columns] = value.to(y.dtype)
+        return new
 
     def _after_attention(self, stack: ExitStack, index: int, given: Tensor) -> None:
         """Have a block's attention give `given` at the port where it is added, without running it where that is
@@ -286,6 +425,20 @@ class Sweep:
                 stack, module, lambda *_, **__: zeros if isinstance(whole, Tensor) else type(whole)((zeros, *whole[1:]))
             )
         on_port(stack, port, lambda y: given.reshape(y.shape))
+
+
+def geometry_of(engine: Engine, batch: Batch, *, cached: bool) -> Geometry:
+    """The shapes of a batch that decide where patches start."""
+    graph = engine.wiring.graph
+    return Geometry(
+        n_layers=graph.n_layers,
+        parallel=graph.parallel,
+        rows=len(batch),
+        length=batch.clean.shape[1],
+        shared=batch.prefix,
+        cached=cached,
+        positions=batch.positions,
+    )
 
 
 def _hand_on(given: Any, key: int | str | None, stream: Tensor | None, into: int | str | None) -> Callable[..., Any]:

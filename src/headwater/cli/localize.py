@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 def add_to(app: typer.Typer) -> None:
     """Put this group's commands into the application."""
     app.command()(localize)
+    app.command("methods")(list_methods)
 
 
 def localize(
-    method: Annotated[str, typer.Argument(help="A method's name: patch, atp, eap, eap_ig; a wrong one lists all.")],
+    method: Annotated[str, typer.Argument(help="A method's name, such as eap_ig; `headwater methods` lists them.")],
     behavior: Annotated[str, typer.Argument(help="A behavior's name or a file of pairs.")],
     model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
     n: Annotated[int | None, typer.Option(min=2, help="How many pairs.")] = None,
@@ -55,6 +56,23 @@ def localize(
     show_rows(rows, as_json=False, title=f"{method} on {pairs.name}: the {len(rows)} largest of {frame.height}")
     if out is not None:
         show(f"All of it: {out}")
+
+
+def list_methods(
+    name: Annotated[str | None, typer.Argument(help="One method; all of them where none is named.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+) -> None:
+    """List the methods of `localize`: what each measures, how it is known to fail, and its options."""
+    from headwater.localize.catalog import described, methods
+
+    rows = [described(one) for one in ([name] if name else methods.names())]
+    if json:
+        show_json(rows)
+        return
+    if name is None:
+        show_rows([{key: row[key] for key in ("name", "what")} for row in rows], as_json=False)
+        return
+    show_rows([{"": key, " ": value} for key, value in rows[0].items()], as_json=False)
 
 
 def _check_names(run: "Callable[..., Result]", method: str, options: dict[str, Any]) -> None:

@@ -1,8 +1,12 @@
 """Localizing methods by name: those of this room, and those that outside packages add by entry point."""
 
+import builtins
+import dataclasses
 import importlib
+import inspect
+import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -10,8 +14,9 @@ from headwater.core.errors import MethodError
 from headwater.core.registry import Registry
 from headwater.core.results import Result
 
-_OWN = ("attribution", "nodes", "patching")
+_OWN = ("attribution", "clean_corrupted", "ig_activations", "interference", "node_ig", "nodes", "patching")
 C = TypeVar("C")
+_SENTENCE = re.compile(r"(?<=[a-z0-9)`])\. (?=[A-Z`])")
 
 
 Method = Callable[..., Result]
@@ -37,6 +42,34 @@ class Methods(Registry[Method]):
 
 methods = Methods("method")
 """Outside packages add theirs by the entry point group `headwater.methods`."""
+
+
+def described(name: str) -> dict[str, str]:
+    """What a method says of itself: `what` it measures with its paper, its `options`, and its `known failure`."""
+    method = methods.get(name)
+    text = " ".join((inspect.getdoc(method) or "").split())
+    what = _SENTENCE.split(text)[0]
+    failure = _SENTENCE.split(re.split("[Kk]nown failure: ", text)[-1])[0] if "nown failure: " in text else ""
+    return {"name": name, "what": what.rstrip("."), "known failure": failure.rstrip("."), "options": _options(method)}
+
+
+def _options(method: Method) -> str:
+    """Names of the options: of the config, where there is one, else of the function's own keywords."""
+    hints = get_type_hints(method, localns=_Anything())
+    for kind in get_args(hints.get("config")):
+        if dataclasses.is_dataclass(kind):
+            return ", ".join(field.name for field in dataclasses.fields(kind))
+    known = inspect.signature(method).parameters.values()
+    return ", ".join(one.name for one in known if one.kind is one.KEYWORD_ONLY)
+
+
+class _Anything(dict[str, Any]):
+    """Names that a method's file imports for type checkers only; what they are does not matter here."""
+
+    def __missing__(self, name: str) -> Any:
+        if hasattr(builtins, name):
+            raise KeyError(name)
+        return Any
 
 
 def fitted(kind: type[C], options: Mapping[str, Any]) -> C:

@@ -166,7 +166,7 @@ def test_kl_needs_the_way_in_between(tiny_model: Any, ioi: Any) -> None:
     "options",
     [
         {"steps": 0},
-        {"rule": "right"},
+        {"rule": "centre"},
         {"step": 3},
         {"metric": "accuracy"},
         {"metric": "nosuch"},

@@ -12,6 +12,9 @@ _NAMES = {
     "atp": "nodes",
     "eap": "attribution",
     "eap_ig": "attribution",
+    "eap_ig_activations": "ig_activations",
+    "eap_clean_corrupted": "clean_corrupted",
+    "node_ig": "node_ig",
     "methods": "catalog",
     "Plan": "planning",
     "plan": "planning",
@@ -37,9 +40,12 @@ __all__ = [
     "areas",
     "atp",
     "eap",
+    "eap_clean_corrupted",
     "eap_ig",
+    "eap_ig_activations",
     "graph_of",
     "methods",
+    "node_ig",
     "patch",
     "plan",
 ]
@@ -61,9 +67,12 @@ if TYPE_CHECKING:
     from headwater.localize.attribution import AttributionResult, eap, eap_ig
     from headwater.localize.catalog import methods
     from headwater.localize.circuit import Circuit
+    from headwater.localize.clean_corrupted import eap_clean_corrupted
     from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
     from headwater.localize.graph import Graph
+    from headwater.localize.ig_activations import eap_ig_activations
     from headwater.localize.mib import areas
+    from headwater.localize.node_ig import node_ig
     from headwater.localize.nodes import atp
     from headwater.localize.patching import PatchingResult, patch
     from headwater.localize.planning import Plan, plan

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
@@ -19,6 +20,7 @@ from headwater.localize.edges import EdgeScorer
 from headwater.localize.graph import Graph
 from headwater.localize.mib import FRACTIONS
 from headwater.localize.passes import (
+    Batch,
     Engine,
     Scored,
     can_reuse_prefix,
@@ -26,16 +28,18 @@ from headwater.localize.passes import (
     make_batches,
     tokens_at_once,
 )
+from headwater.localize.places import Positions, check_positions, in_order
 from headwater.localize.selection import How, Rank, select
+from headwater.localize.writes import Against, check_against, fixed_values
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
     from headwater.core.model import Model
     from headwater.localize.faithfulness import FaithfulnessResult
-    from headwater.localize.nodes import AtpConfig
 
-C = TypeVar("C", bound="EapConfig | AtpConfig")
-Rule = Literal["left", "midpoint", "gauss"]
+C = TypeVar("C")
+Rule = Literal["left", "right", "midpoint", "gauss"]
+RULES = ("left", "right", "midpoint", "gauss")
 LOWER_IS_BETTER = frozenset({"kl", "rank"})
 """Metrics whose sign is turned in scores, so that a positive score always speaks for the clean behavior."""
 
@@ -45,12 +49,17 @@ class EapConfig:
     """metric: what is differentiated. memory_mb: what a batch may take (None: .4 of what the weights take, at least
     96).
 
-    reuse_prefix: run the tokens that a pair shares once, from the cache; the scores are the same either way.
+    reuse_prefix: run the tokens that a pair shares once, from the cache; the scores are the same either way. positions:
+    "all" (summed), "named" (the behavior's named positions, and the rest as `other`), or "each" (counted from the end).
+    against: what a source's write is compared with: the "counterfactual"'s, its "mean" over the prompts (of all
+    positions, or "mean_by_position": at each position counted from the end), or "zero".
     """
 
     metric: str = "logit_diff"
     memory_mb: float | None = None
     reuse_prefix: bool = True
+    positions: Positions = "all"
+    against: Against = "counterfactual"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +67,8 @@ class EapIgConfig(EapConfig):
     """steps: nodes of the integral from counterfactual to clean. rule: where they lie.
 
     "left" is the left Riemann sum of the method's authors (its first node is the counterfactual run, the clean run is
-    never visited), "midpoint" and "gauss" (Gauss-Legendre) are more exact for the same number of steps.
+    never visited), "right" the other one (with which they score nodes), "midpoint" and "gauss" (Gauss-Legendre) are
+    more exact for the same number of steps. against: "counterfactual" only; the way leads from prompt to prompt.
     """
 
     steps: int = 5
@@ -71,7 +81,10 @@ class AttributionResult(Result):
 
     A score estimates how much the metric falls when the node or edge carries its counterfactual value: positive speaks
     for the clean behavior (for KL and rank the sign is turned, so that this holds). `tables["nodes"]`: node, layer,
-    score (a node's score is the sum over its edges); `tables["edges"]`: source, target, score.
+    score (a node's score is the sum over its edges); `tables["edges"]`: source, target, score. By position:
+    `tensors["position_scores"]` [sources, readers, places] with the places in `facts["positions"]`, which add up to
+    `scores`, and `tables["edge_positions"]`: source, target, position, score (where it is not 0). Of neurons:
+    `tensors["neurons"]` [layers, neurons] and `tables["neurons"]`: layer, neuron, score, the strongest first.
     """
 
     kind: ClassVar[str] = "attribution"
@@ -179,7 +192,7 @@ def eap(model: "Model", behavior: "Behavior", *, config: EapConfig | None = None
             wanted="logit_diff or prob_diff",
             fix="Use eap_ig for KL",
         )
-    return _score_edges("eap", model, behavior, used, [(1.0, 1.0)])
+    return score_edges("eap", model, behavior, used, [(1.0, 1.0)])
 
 
 @methods.register("eap_ig")
@@ -197,28 +210,38 @@ def eap_ig(
     Raises as `eap` does.
     """
     used = configured(EapIgConfig, config, options)
-    return _score_edges("eap_ig", model, behavior, used, integration_nodes(used.steps, used.rule))
+    only_counterfactual("eap_ig", used.against, "its way leads from the counterfactual's embeddings to the prompt's")
+    return score_edges("eap_ig", model, behavior, used, integration_nodes(used.steps, used.rule))
 
 
 def integration_nodes(steps: int, rule: Rule) -> list[tuple[float, float]]:
     """(place between 0 and 1, weight) of the nodes of an integral over [0, 1]."""
     if steps < 1:
         raise MethodError("integrated gradients need steps", got=steps, wanted="1 or more")
-    if rule == "left":
-        return [(k / steps, 1 / steps) for k in range(steps)]
+    if rule in ("left", "right"):
+        return [((k + (rule == "right")) / steps, 1 / steps) for k in range(steps)]
     if rule == "midpoint":
         return [((k + 0.5) / steps, 1 / steps) for k in range(steps)]
     if rule == "gauss":
         places, weights = np.polynomial.legendre.leggauss(steps)
         return [(float(x + 1) / 2, float(w) / 2) for x, w in zip(places, weights, strict=True)]
-    raise MethodError(
-        "unknown rule of integration", got=repr(rule), wanted=did_you_mean(str(rule), ["left", "midpoint", "gauss"])
-    )
+    raise MethodError("unknown rule of integration", got=repr(rule), wanted=did_you_mean(str(rule), RULES))
+
+
+def only_counterfactual(method: str, against: str, why: str) -> None:
+    """Refuse another reference by name where a method has no meaning against it. Raises MethodError."""
+    check_against(against)
+    if against != "counterfactual":
+        raise MethodError(
+            f"{method} cannot score against anything but the counterfactual: {why}",
+            got=f"against={against!r}",
+            fix="Use eap, atp or eap_ig_activations, which can",
+        )
 
 
 def configured(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
     """One config from a given one or from keywords; an unknown option is refused by name, a misfit value by type."""
-    known = [field.name for field in fields(kind)]
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     for name in options:
         if name not in known:
             raise MethodError(f"unknown option of {kind.__name__}", got=repr(name), wanted=did_you_mean(name, known))
@@ -227,41 +250,56 @@ def configured(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
     return config if config is not None else fitted(kind, options)
 
 
-def _score_edges(
-    method: str, model: "Model", behavior: "Behavior", config: EapConfig, nodes: list[tuple[float, float]]
+Add = Callable[[EdgeScorer, Batch], None]
+
+
+def score_edges(
+    method: str,
+    model: "Model",
+    behavior: "Behavior",
+    config: EapConfig,
+    nodes: list[tuple[float, float]],
+    *,
+    add: Add | None = None,
+    passes: int = 1,
 ) -> AttributionResult:
+    """What every edge method does around its passes: batches, scores by `EdgeScorer`, tables and facts.
+
+    nodes: (place between counterfactual and clean, weight) where gradients are taken. add: how to score a batch, for a
+    method with passes of its own; passes: how many recorded ones it holds at a time.
+    """
     started = time.monotonic()
     metric = Scored.named(config.metric, differentiable=True)
+    check_positions(config.positions)
+    check_against(config.against)
     engine = Engine(model)
     graph = engine.wiring.graph
     pairs = for_discovery(behavior)
     bound = pairs.bind(model)
     # per position: the sources' differences, the readers' gradients (of one layer, or of all), and what autograd keeps
     readers = graph.per_layer + 1 if len(nodes) == 1 else len(graph.readers)
-    floats = graph.d_model * (len(graph.sources) + readers + 25 * graph.n_layers)
-    reuse = config.reuse_prefix and can_reuse_prefix(engine)
-    batches = make_batches(bound, tokens_at_once(model, floats, config.memory_mb), reuse_prefix=reuse)
-    scorer = EdgeScorer(engine, metric)
-    for batch in track(batches, method):
-        scorer.add(batch, nodes)
-    sign = -1.0 if config.metric in LOWER_IS_BETTER else 1.0
-    scores = scorer.total * (sign / bound.n)
+    floats = graph.d_model * (len(graph.sources) + readers + 25 * passes * graph.n_layers)
+    at_once = tokens_at_once(model, floats, config.memory_mb)
+    fixed = None
+    if config.against != "counterfactual":
+        fixed = fixed_values(engine, make_batches(bound, at_once, reuse_prefix=False), config.against)
+    # what nodes write is compared at every token where the reference is no prompt with the same beginning
+    reuse = config.reuse_prefix and fixed is None and can_reuse_prefix(engine)
+    scorer = EdgeScorer(engine, metric, positions=config.positions, fixed=fixed)
+    for batch in track(make_batches(bound, at_once, reuse_prefix=reuse), method):
+        if add is None:
+            scorer.add(batch, nodes)
+        else:
+            add(scorer, batch)
+    sign = (-1.0 if config.metric in LOWER_IS_BETTER else 1.0) / bound.n
+    scores = scorer.total * sign
     if not bool(torch.isfinite(scores).all()):
         raise MethodError(
             f"{method} gave scores that are not finite", fix="Load the model in float32, or use another metric"
         )
-    at = graph.allowed.nonzero()
-    tables = {
-        "nodes": node_table(graph, scores.sum(dim=1)),
-        "edges": pl.DataFrame(
-            {
-                "source": [graph.sources[s] for s in at[:, 0].tolist()],
-                "target": [graph.readers[r] for r in at[:, 1].tolist()],
-                "score": scores[graph.allowed].tolist(),
-            }
-        ),
-    }
-    facts = {
+    tensors = {"scores": scores}
+    tables = {"nodes": node_table(graph, scores.sum(dim=1)), "edges": edge_table(graph, scores)}
+    facts: dict[str, Any] = {
         "method": method,
         "metric": config.metric,
         "n": bound.n,
@@ -269,14 +307,36 @@ def _score_edges(
         "corrupt": scorer.mean_corrupt,
         "graph": graph.to_dict(),
     }
+    if config.positions != "all":
+        names = in_order(scorer.places)
+        facts["positions"] = names
+        tensors["position_scores"] = torch.stack([scorer.places[name] * sign for name in names], dim=2)
+        parts = [
+            edge_table(graph, tensors["position_scores"][:, :, i]).with_columns(position=pl.lit(name))
+            for i, name in enumerate(names)
+        ]
+        found = pl.concat(parts).select("source", "target", "position", "score")
+        tables["edge_positions"] = found.filter(pl.col("score") != 0)
     result = AttributionResult(
         tables=tables,
-        tensors={"scores": scores},
+        tensors=tensors,
         facts=facts,
         config={"method": method, **asdict(config)},
         provenance=Provenance.collect(model, pairs, seconds=time.monotonic() - started),
     )
     return result.bind(model)
+
+
+def edge_table(graph: Graph, scores: Tensor) -> pl.DataFrame:
+    """source, target, score of every edge there is."""
+    at = graph.allowed.nonzero()
+    return pl.DataFrame(
+        {
+            "source": [graph.sources[s] for s in at[:, 0].tolist()],
+            "target": [graph.readers[r] for r in at[:, 1].tolist()],
+            "score": scores[graph.allowed].tolist(),
+        }
+    )
 
 
 def node_table(graph: Graph, scores: Tensor) -> pl.DataFrame:

@@ -33,11 +33,6 @@ class Settings(BaseModel):
                 if key not in cls.model_fields:
                     wanted = did_you_mean(str(key), cls.model_fields)
                     raise MethodError(f"unknown setting of {cls._name()}", got=repr(key), wanted=wanted)
-                    raise MethodError(
-                        f"unknown setting of the {where}",
-                        got=repr(key),
-                        wanted=did_you_mean(str(key), cls.model_fields),
-                    )
         return data
 
     def __init__(self, **data: Any) -> None:

@@ -22,6 +22,8 @@ def plain(name: str, logits: list[float], answers: list[int], foils: list[int], 
         return sum(logits[a] for a in answers) / len(answers) - sum(logits[f] for f in foils) / len(foils)
     if name == "prob_diff":
         return (sum(math.exp(logits[a]) for a in answers) - sum(math.exp(logits[f]) for f in foils)) / total
+    if name == "prob":
+        return sum(math.exp(logits[a]) for a in answers) / total
     if name == "accuracy":
         others = [logits[f] for f in foils] or [x for i, x in enumerate(logits) if i not in answers]
         return float(all(best > other for other in others))

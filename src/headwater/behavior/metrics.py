@@ -33,8 +33,8 @@ STEPS = frozenset({"accuracy", "rank"})
 def metric(name: str) -> Metric:
     """The metric of that name; an unknown name raises MethodError and lists the known ones.
 
-    The values come in the precision of the logits, at least float32. `logit_diff`, `prob_diff` and `kl` are
-    differentiable.
+    The values come in the precision of the logits, at least float32. `logit_diff`, `prob_diff`, `prob` and `kl`
+    are differentiable.
     """
     return registry.get(name)
 
@@ -66,6 +66,16 @@ def prob_diff(
     right = (_at(logits, answers) - total).exp().masked_fill(answers < 0, 0.0).sum(-1)
     wrong = (_at(logits, foils) - total).exp().masked_fill(foils < 0, 0.0).sum(-1)
     return right - wrong
+
+
+@registry.register("prob")
+def prob(
+    logits: torch.Tensor, answers: torch.Tensor, foils: torch.Tensor, reference: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Probability that one of the answers comes next, in [0, 1]; foils do not enter."""
+    _check(logits, answers, foils, "prob")
+    total = _wide(logits).logsumexp(-1, keepdim=True)
+    return (_at(logits, answers) - total).exp().masked_fill(answers < 0, 0.0).sum(-1)
 
 
 @registry.register("accuracy")

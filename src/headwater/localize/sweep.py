@@ -23,7 +23,6 @@ from headwater.localize.schedule import (
     HEADED,
     KINDS,
     MLP,
-    PROJECTED,
     STREAM,
     Begin,
     Chunk,

@@ -14,7 +14,18 @@ from headwater.core.errors import MethodError
 from headwater.core.registry import Registry
 from headwater.core.results import Result
 
-_OWN = ("attribution", "clean_corrupted", "ig_activations", "interference", "node_ig", "nodes", "patching")
+_OWN = (
+    "atp_star",
+    "attribution",
+    "clean_corrupted",
+    "grad_drop",
+    "ig_activations",
+    "interference",
+    "node_ig",
+    "nodes",
+    "patching",
+    "subspace",
+)
 C = TypeVar("C")
 _SENTENCE = re.compile(r"(?<=[a-z0-9)`])\. (?=[A-Z`])")
 

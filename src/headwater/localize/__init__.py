@@ -10,11 +10,16 @@ _NAMES = {
     "patch": "patching",
     "PatchingResult": "patching",
     "atp": "nodes",
+    "atp_star": "atp_star",
+    "grad_drop": "grad_drop",
     "eap": "attribution",
     "eap_ig": "attribution",
     "eap_ig_activations": "ig_activations",
     "eap_clean_corrupted": "clean_corrupted",
     "node_ig": "node_ig",
+    "acdc": "acdc",
+    "SearchResult": "search",
+    "Ablation": "ablation",
     "methods": "catalog",
     "Plan": "planning",
     "plan": "planning",
@@ -29,6 +34,7 @@ _NAMES = {
 }
 
 __all__ = [
+    "Ablation",
     "AttributionResult",
     "Circuit",
     "FaithfulnessResult",
@@ -37,12 +43,16 @@ __all__ = [
     "NullResult",
     "PatchingResult",
     "Plan",
+    "SearchResult",
+    "acdc",
     "areas",
     "atp",
+    "atp_star",
     "eap",
     "eap_clean_corrupted",
     "eap_ig",
     "eap_ig_activations",
+    "grad_drop",
     "graph_of",
     "methods",
     "node_ig",
@@ -64,11 +74,15 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from headwater.localize.ablation import Ablation
+    from headwater.localize.acdc import acdc
+    from headwater.localize.atp_star import atp_star
     from headwater.localize.attribution import AttributionResult, eap, eap_ig
     from headwater.localize.catalog import methods
     from headwater.localize.circuit import Circuit
     from headwater.localize.clean_corrupted import eap_clean_corrupted
     from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
+    from headwater.localize.grad_drop import grad_drop
     from headwater.localize.graph import Graph
     from headwater.localize.ig_activations import eap_ig_activations
     from headwater.localize.mib import areas
@@ -76,4 +90,5 @@ if TYPE_CHECKING:
     from headwater.localize.nodes import atp
     from headwater.localize.patching import PatchingResult, patch
     from headwater.localize.planning import Plan, plan
+    from headwater.localize.search import SearchResult
     from headwater.localize.wiring import graph_of

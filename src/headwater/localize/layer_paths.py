@@ -147,7 +147,7 @@ class Paths:
                 block = self.layers[index].block
                 handed = put if index == begins - 1 else None
                 given = whole.outputs[block.module]
-                replace_forward(stack, block.module, _hand_on(given, block.output.key, handed, block.input.key))
+                replace_forward(stack, block.module, hand_on(given, block.output.key, handed, block.input.key))
             if begins == at:
                 self._put(stack, site, value)
             self.engine.watch(stack, seen, enter=(lambda _: put) if begins == 0 else None)
@@ -279,7 +279,7 @@ class WriteScorer(NodeScorer):
         return corrupt
 
 
-def _hand_on(given: Any, key: int | str | None, stream: Tensor | None, into: int | str | None) -> Callable[..., Any]:
+def hand_on(given: Any, key: int | str | None, stream: Tensor | None, into: int | str | None) -> Callable[..., Any]:
     """A block that is not run: it gives back what enters it (argument `into`), or `stream`."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -25,7 +25,7 @@ Path = Literal["inputs", "activations"]
 
 @dataclass(frozen=True, kw_only=True)
 class NodeIgConfig(AtpConfig):
-    """steps: how many nodes the integral has. rule: where they lie, as for `eap_ig`; "right" is that of the authors' scores.
+    """steps: nodes of the integral. rule: as for `eap_ig`; "right" is that of the authors' node scores.
 
     path: "inputs" moves the stream that enters the first block; "activations" moves each node's own write, all heads of
     a layer together, with everything before it as on the prompt. against: other than the counterfactual for

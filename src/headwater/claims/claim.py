@@ -13,6 +13,22 @@ Status = Literal["supported", "refuted", "inconclusive"]
 STATUSES: tuple[Status, ...] = ("supported", "refuted", "inconclusive")
 
 
+SUBSPACE, DORMANT_CHECK = "subspace", "dormant_pathway"
+"""Keys of an outcome's details: the subspace that a test patched, and what the dormant-pathway check said of it."""
+
+
+def unchecked_subspace(details: Mapping[str, Any]) -> str:
+    """Why a claim about a subspace cannot be decided: nobody looked whether its patch wakes a dormant pathway; else "".
+
+    A patch can work through a part that nothing reads (Makelov et al., 2023), so whoever patches a subspace says so by
+    `details["subspace"]`, and `details["dormant_pathway"]` holds the verdict of the check, or nothing where it was not
+    made.
+    """
+    if details.get(SUBSPACE) and not details.get(DORMANT_CHECK):
+        return f"the subspace at {details[SUBSPACE]} was not checked for a dormant pathway (run subspace_check)"
+    return ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What a test measured.
@@ -82,7 +98,7 @@ class Claim:
             side=outcome.side,
             null_mean=_number(outcome.null_mean),
             null_draws=tuple(float(draw) for draw in outcome.null_draws),
-            why_not=outcome.why_not,
+            why_not=outcome.why_not or unchecked_subspace(outcome.details),
             note=outcome.note,
             details=plain(outcome.details),
             p_adj=None,

@@ -29,6 +29,7 @@ from headwater.localize.faithfulness import NullResult, Values, evaluate_masks
 from headwater.localize.heads import HeadsResult, attention_to_places, metric_values
 from headwater.localize.nulls import random_circuits
 from headwater.localize.stats import ratio
+from headwater.trace import subspaces as subspaces  # registers its test with these
 
 Head = tuple[int, int]
 _NO_BEHAVIOR = (

@@ -37,7 +37,7 @@ class InterferenceConfig:
 
     q: false-discovery rate at which a component counts as sound or faulty. top: how many sound and how many faulty
     components the intervention scales at most. amplify: factors tried for the sound ones (the best on the train pairs
-    is judged on the test pairs). damp: factor of the faulty ones. draws: random sets of components of the same layers
+    is judged on the test pairs). damp: the same for the faulty ones. draws: random sets of components of the same layers
     and kinds, scaled alike, that the intervention must beat. neurons: how many MLP neurons, those of the largest mean
     |margin|, are judged too (0: none); they are ranked, not scaled. n_train, n_test: pairs at most.
     """
@@ -46,7 +46,7 @@ class InterferenceConfig:
     q: float = 0.05
     top: int = 8
     amplify: tuple[float, ...] = (1.5, 2.0, 3.0)
-    damp: float = 0.0
+    damp: tuple[float, ...] = (0.0, 0.5, 0.8)
     draws: int = 19
     neurons: int = 0
     n_train: int = 256
@@ -55,7 +55,12 @@ class InterferenceConfig:
     memory_mb: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.top, self.draws, self.n_train, self.n_test) < 1 or self.neurons < 0 or not self.amplify:
+        if (
+            min(self.top, self.draws, self.n_train, self.n_test) < 1
+            or self.neurons < 0
+            or not self.amplify
+            or not self.damp
+        ):
             raise MethodError("interference needs at least one of everything", got=self)
         if not 0 < self.q < 1:
             raise MethodError("a false-discovery rate must lie between 0 and 1", got=self.q)
@@ -131,7 +136,7 @@ def interference(
         },
         tensors={"margins": found.margins.T.contiguous(), "total": found.total},
         facts=facts,
-        config={"method": "interference", **asdict(used), "amplify": list(used.amplify)},
+        config={"method": "interference", **asdict(used), "amplify": list(used.amplify), "damp": list(used.damp)},
         provenance=Provenance.collect(model, behavior, seed=used.seed, seconds=time.monotonic() - started),
     )
 
@@ -262,13 +267,20 @@ def _intervene(
         passes += sum(len(batch) for batch in batches)
         return torch.cat([scaled_margins(engine, batch, factors, past=caches.get(id(batch))) for batch in batches])
 
-    factor = None
+    def best(names: list[str], tried: Sequence[float]) -> float:
+        """The factor with which the model is right most often on the train pairs (then: of the largest margin)."""
+        if len(tried) == 1:
+            return tried[0]
+        found = {factor: judge(dict.fromkeys(names, factor), on_train) for factor in tried}
+        return max(found, key=lambda f: (float((found[f] > 0).double().mean()), float(found[f].mean())))
+
+    factor: dict[str, float] = {}
     if sound:
-        tried = {a: judge(dict.fromkeys(sound, a), on_train) for a in config.amplify}
-        factor = max(tried, key=lambda a: (float((tried[a] > 0).double().mean()), float(tried[a].mean())))
-        trials["amplify sound"] = dict.fromkeys(sound, factor)
+        factor["amplify sound"] = best(sound, config.amplify)
+        trials["amplify sound"] = dict.fromkeys(sound, factor["amplify sound"])
     if faulty:
-        trials["damp faulty"] = dict.fromkeys(faulty, config.damp)
+        factor["damp faulty"] = best(faulty, config.damp)
+        trials["damp faulty"] = dict.fromkeys(faulty, factor["damp faulty"])
     if sound and faulty:
         trials["both"] = {**trials["amplify sound"], **trials["damp faulty"]}
     before = judge({}, on_test)
@@ -276,7 +288,7 @@ def _intervene(
     for what, factors in track(list(trials.items()), "interventions"):
         after = judge(factors, on_test)
         controls = [judge(random, on_test) for random in _random_factors(voter, factors, config)]
-        rows.append(_acted_row(what, after, before, controls, factor, config.seed))
+        rows.append(_acted_row(what, after, before, controls, factor.get(what), config.seed))
     return _Acted(pl.DataFrame(rows, schema=_ACTED), passes)
 
 

@@ -15,6 +15,7 @@ from headwater.core.registry import Registry
 from headwater.core.results import Result
 
 _OWN = (
+    "acdc",
     "atp_star",
     "attribution",
     "clean_corrupted",

@@ -237,15 +237,15 @@ class Live:
             before = known if own == list(range(len(known))) else known[own]
         elif 0 in self.place:
             before = (_flat(entered) - reference.writes.input)[None]
-        if self.copies == 1:
-            self.deltas = torch.empty(len(self.place), rows, width, dtype=dtype, device=device)
+        if self.copies == 1:  # zeros: a source that nothing reaches writes its reference
+            self.deltas = torch.zeros(len(self.place), rows, width, dtype=dtype, device=device)
             self.deltas[: self.shared] = before
             self.shared, self.own = len(self.place), self.deltas[None]
             self.own_from = 0
         else:
             self.deltas = before
             own = len(self.place) - self.shared
-            self.own = torch.empty(self.copies, own, rows, width, dtype=dtype, device=device)
+            self.own = torch.zeros(self.copies, own, rows, width, dtype=dtype, device=device)
             self.own_from = self.shared
 
     def run(self, ids: Tensor, past: Any, *, even_if_empty: bool = False) -> Tensor:
@@ -340,7 +340,7 @@ class Live:
                 own = self.own[:, : n - shared].reshape(copies, n - shared, -1)
                 mixed.baddbmm_(weights[:, :, shared:], own)
             mixed = mixed.transpose(0, 1)
-        return (mixed.reshape(len(columns), copies, *stream.shape) + stream).view(len(columns), -1, stream.shape[-1])
+        return (mixed.reshape(len(columns), copies, *stream.shape) + stream).reshape(len(columns), -1, stream.shape[-1])
 
     def _wrote(self, place: int, change: Tensor) -> None:
         """Keep what sources from `place` on write more, [k, M N, D]."""

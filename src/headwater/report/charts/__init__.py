@@ -7,11 +7,25 @@ from headwater.report.charts.circuits import circuit, faithfulness, null
 from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.patches import patching
 from headwater.report.charts.scores import attribution, strongest_nodes
+from headwater.report.charts.searches import incompleteness, optimal_ablation, search
 from headwater.report.drawing import draw
 from headwater.report.layout import place
 from headwater.report.svg import inline
 
-KINDS = ("behavior_report", "patching", "attribution", "circuit", "faithfulness", "null", "effect", "heads", "ledger")
+KINDS = (
+    "behavior_report",
+    "patching",
+    "attribution",
+    "circuit",
+    "faithfulness",
+    "null",
+    "effect",
+    "heads",
+    "ledger",
+    "search",
+    "incompleteness",
+    "optimal_ablation",
+)
 
 
 def as_svg(result: Any, *, name: str = "chart") -> str:
@@ -36,9 +50,12 @@ __all__ = [
     "effect",
     "faithfulness",
     "heads",
+    "incompleteness",
     "ledger",
     "margins",
     "null",
+    "optimal_ablation",
     "patching",
+    "search",
     "strongest_nodes",
 ]

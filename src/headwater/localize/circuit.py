@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
     from headwater.core.model import Model
     from headwater.localize.ablation import AblationLike
+    from headwater.localize.completeness import IncompletenessResult
     from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
 
 
@@ -239,6 +240,28 @@ class Circuit(Result):
         from headwater.localize.faithfulness import completeness
 
         return completeness(self, behavior, metric=metric, ablation=ablation, model=model)
+
+    def incompleteness(
+        self,
+        behavior: "Behavior",
+        *,
+        n: int = 20,
+        greedy: int = 3,
+        metric: str = "logit_diff",
+        ablation: "AblationLike" = "counterfactual",
+        seed: int = 0,
+        model: "Model | None" = None,
+    ) -> "IncompletenessResult":
+        """|F(C without K) - F(M without K)| over random and greedily chosen subsets K of the circuit's nodes.
+
+        Completeness as Wang et al. (2022) define it, as a share of the model's effect: 0 where the circuit and the
+        model suffer alike from losing the same nodes.
+        """
+        from headwater.localize.completeness import incompleteness
+
+        return incompleteness(
+            self, behavior, n=n, greedy=greedy, metric=metric, ablation=ablation, seed=seed, model=model
+        )
 
     def minimality(
         self,

@@ -9,11 +9,13 @@ import torch
 import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError, SiteError
+from headwater.localize.graph import Graph
 from headwater.localize.passes import Engine, Scored, make_batches
-from headwater.localize.patching import read_spec
+from headwater.localize.sites import read_spec
 from headwater.localize.sweep import Sweep, Target
 from localize_families import LAYERS, LAYOUTS, H, bound, make, pairs
 
+GRAPH = Graph(n_layers=2, n_heads=4, n_kv_heads=2)
 KINDS = ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "head"]
 
 
@@ -128,6 +130,6 @@ def test_what_cannot_be_patched_is_refused(tiny_model: Any) -> None:
 
 
 def test_names_of_others_are_read() -> None:
-    assert [s.kind for s in read_spec("a1.h3", 2, 4)] == ["head"]
-    assert [(s.kind, s.layer) for s in read_spec("m1", 2, 4)] == [("mlp_out", 1)]
-    assert len(read_spec("head.*.h2@END", 2, 4)) == 2
+    assert [s.kind for s in read_spec("a1.h3", GRAPH)] == ["head"]
+    assert [(s.kind, s.layer) for s in read_spec("m1", GRAPH)] == [("mlp_out", 1)]
+    assert len(read_spec("head.*.h2@END", GRAPH)) == 2

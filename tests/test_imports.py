@@ -14,7 +14,8 @@ BELOW = {"core": set[str](), "claims": {"core"}}
 BELOW |= {stage: {"core", "claims", "behavior"} for stage in STAGES}
 BELOW["report"] = {"core", "claims", *STAGES}
 BELOW["trace"] = {*BELOW["report"], "report"}
-BELOW["cli"] = {*BELOW["trace"], "trace"}
+BELOW["bench"] = {*BELOW["trace"], "trace"}
+BELOW["cli"] = {*BELOW["bench"], "bench"}
 # Result.chart() finds its drawing by name: the only arrow that points upwards.
 BY_NAME = {("core/results.py", "report")}
 HEAVY = ["torch", "transformers", "polars", "altair", "scipy", "numpy", "pandas", "jinja2", "vl_convert"]

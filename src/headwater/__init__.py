@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Where each name lives. `hw.behavior` is a room and also a verb: `hw.behavior("ioi")` makes a behavior.
-_ROOMS = ("core", "behavior", "localize", "claims", "act", "trace", "report")
+_ROOMS = ("core", "behavior", "localize", "claims", "act", "trace", "report", "bench")
 _INTERVENTIONS = (
     "Intervention",
     "zero",
@@ -54,6 +54,7 @@ __all__ = [
     "act",
     "add",
     "behavior",
+    "bench",
     "claims",
     "clamp",
     "core",

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import logging
+import sys
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +24,9 @@ _TOKENIZER_FILES = (
     "sentencepiece*",
     "special_tokens_map.json",
 )
+# Architectures of headwater's own, by model_type: the module that tells transformers of each. By name, so that no
+# import points upwards.
+_OWN = {"headwater_plain": "headwater.bench.plain"}
 _NO_TOKENIZER = "this model has no tokenizer here; pass tokenizer=, or run it on token ids"
 
 
@@ -132,6 +136,10 @@ def _config(source: str, name: str, common: dict[str, Any]) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(source, **common)
     except Exception as error:
+        for model_type, module in _OWN.items():
+            if f"`{model_type}`" in str(error) and module not in sys.modules:
+                importlib.import_module(module)
+                return _config(source, name, common)
         said = first_line(error)
         if "trust_remote_code" in str(error):
             raise ModelError(
@@ -164,7 +172,7 @@ def _model_class(config: Any, name: str, trust_remote_code: bool) -> Any:
             )
         auto = next((a for a in own_code if a.startswith("AutoModelFor")), "AutoModel")
         return getattr(transformers, auto, transformers.AutoModelForCausalLM)
-    if config.model_type in mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if config.model_type in mappings.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type in _OWN:
         return transformers.AutoModelForCausalLM
     if config.model_type in mappings.MODEL_MAPPING_NAMES:
         return transformers.AutoModel

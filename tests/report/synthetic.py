@@ -256,6 +256,33 @@ def null(seed: int = 4) -> Result:
     return result("null", {"draws": draws}, {"observed": 0.71, "p": 0.0099, "percentile": 100.0})
 
 
+def search() -> Result:
+    rng = random.Random(9)
+    curve = [
+        {"setting": 0.3 / 2**i, "edges": 3 * 2**i, "nodes": 2 + i, "value": 0.5 * i, "backward": 0.0}
+        | {"faithfulness": 0.2 * i + rng.gauss(0, 0.02), "forward": 40.0 * (i + 1)}
+        for i in range(6)
+    ]
+    return result("search", {"curve": curve}, {"method": "acdc"})
+
+
+def incompleteness() -> Result:
+    rng = random.Random(10)
+    rows = [
+        {"kind": kind, "nodes": f"a{i}.h1 m{i}", "size": 2, "model": rng.random(), "circuit": rng.random()}
+        | {"incompleteness": rng.random(), "raw": rng.random()}
+        for kind, n in (("whole", 1), ("random", 8), ("greedy", 3))
+        for i in range(n)
+    ]
+    return result("incompleteness", {"subsets": rows})
+
+
+def optimal_ablation() -> Result:
+    rng = random.Random(11)
+    rows = [{"node": f"a{i // 3}.h{i % 3}", "layer": i // 3, "gap": rng.random(), "loss": 1.0} for i in range(12)]
+    return result("optimal_ablation", {"nodes": rows})
+
+
 def effect() -> Result:
     actions = (
         ("knock out the name movers", False, ""),
@@ -355,6 +382,9 @@ MAKERS = {
     "circuit": ("circuit", circuit),
     "faithfulness": ("circuit", faithfulness),
     "null": ("circuit", null),
+    "search": ("circuit", search),
+    "incompleteness": ("circuit", incompleteness),
+    "optimal_ablation": ("circuit", optimal_ablation),
     "heads": ("heads", heads),
     "ledger": ("claims", ledger),
     "effect": ("act", effect),

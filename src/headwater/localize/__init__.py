@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 _NAMES = {
     "patch": "patching",
+    "path_patch": "path_patching",
+    "PathPatchingResult": "path_patching",
     "PatchingResult": "patching",
     "atp": "nodes",
-    "atp_star": "atp_star",
-    "grad_drop": "grad_drop",
+    "atp_star": "star",
+    "grad_drop": "dropping",
     "eap": "attribution",
     "eap_ig": "attribution",
     "eap_ig_activations": "ig_activations",
     "eap_clean_corrupted": "clean_corrupted",
-    "node_ig": "node_ig",
+    "node_ig": "node_integrals",
     "acdc": "acdc",
     "SearchResult": "search",
     "Ablation": "ablation",
@@ -42,6 +44,7 @@ __all__ = [
     "MinimalityResult",
     "NullResult",
     "PatchingResult",
+    "PathPatchingResult",
     "Plan",
     "SearchResult",
     "acdc",
@@ -57,6 +60,7 @@ __all__ = [
     "methods",
     "node_ig",
     "patch",
+    "path_patch",
     "plan",
 ]
 
@@ -76,19 +80,20 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from headwater.localize.ablation import Ablation
     from headwater.localize.acdc import acdc
-    from headwater.localize.atp_star import atp_star
     from headwater.localize.attribution import AttributionResult, eap, eap_ig
     from headwater.localize.catalog import methods
     from headwater.localize.circuit import Circuit
     from headwater.localize.clean_corrupted import eap_clean_corrupted
+    from headwater.localize.dropping import grad_drop
     from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
-    from headwater.localize.grad_drop import grad_drop
     from headwater.localize.graph import Graph
     from headwater.localize.ig_activations import eap_ig_activations
     from headwater.localize.mib import areas
-    from headwater.localize.node_ig import node_ig
+    from headwater.localize.node_integrals import node_ig
     from headwater.localize.nodes import atp
     from headwater.localize.patching import PatchingResult, patch
+    from headwater.localize.path_patching import PathPatchingResult, path_patch
     from headwater.localize.planning import Plan, plan
     from headwater.localize.search import SearchResult
+    from headwater.localize.star import atp_star
     from headwater.localize.wiring import graph_of

@@ -16,15 +16,17 @@ from headwater.core.results import Result
 
 _OWN = (
     "acdc",
-    "atp_star",
     "attribution",
     "clean_corrupted",
-    "grad_drop",
+    "edge_pruning",
+    "dropping",
     "ig_activations",
     "interference",
-    "node_ig",
+    "node_integrals",
     "nodes",
+    "path_patching",
     "patching",
+    "star",
     "subspace",
 )
 C = TypeVar("C")

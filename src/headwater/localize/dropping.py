@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from headwater.localize.atp_star import GradDropConfig, score_attention_nodes
 from headwater.localize.attribution import AttributionResult, configured
 from headwater.localize.catalog import methods
+from headwater.localize.star import GradDropConfig, score_attention_nodes
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

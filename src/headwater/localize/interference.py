@@ -37,9 +37,9 @@ class InterferenceConfig:
 
     q: false-discovery rate at which a component counts as sound or faulty. top: how many sound and how many faulty
     components the intervention scales at most. amplify: factors tried for the sound ones (the best on the train pairs
-    is judged on the test pairs). damp: the same for the faulty ones. draws: random sets of components of the same layers
-    and kinds, scaled alike, that the intervention must beat. neurons: how many MLP neurons, those of the largest mean
-    |margin|, are judged too (0: none); they are ranked, not scaled. n_train, n_test: pairs at most.
+    is judged on the test pairs). damp: the same for the faulty ones. draws: random sets of components of the same
+    layers and kinds, scaled alike, that the intervention must beat. neurons: how many MLP neurons, those of the largest
+    mean |margin|, are judged too (0: none); they are ranked, not scaled. n_train, n_test: pairs at most.
     """
 
     metric: str = "logit_diff"

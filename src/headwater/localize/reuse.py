@@ -85,7 +85,6 @@ def reuse(
         if circuits[name].graph.to_dict() | {"d_model": 0} != graph.to_dict() | {"d_model": 0}:
             raise MethodError(f"the circuit {name!r} is of another graph", got=circuits[name].graph, wanted=graph)
     used = model or circuits[names[0]].model
-    plain = {"ablation": ablation} if ablation != "counterfactual" else {}
     matrix: list[dict[str, Any]] = []
     standing: list[dict[str, Any]] = []
     n_pairs = {}
@@ -101,7 +100,7 @@ def reuse(
                     mixed += [(name, which, mask) for which, mask in both.items()]
         random = [list(random_circuits(graph, mask, draws, kind="edges", seed=seed)) for mask in masks]
         every = [*masks, *(mask for _, _, mask in mixed), *(mask for group in random for mask in group)]
-        values = evaluate_masks(used, pairs, every, metric=metric, label=f"on {task}", **plain)
+        values = evaluate_masks(used, pairs, every, metric=metric, label=f"on {task}", ablation=ablation)
         n_pairs[task] = len(values.rows)
         means = _faithfulness(values)
         for index, name in enumerate(names):
@@ -160,13 +159,13 @@ _HEAD_ROWS: dict[str, Any] = {
 
 
 def _faithfulness(values: Values) -> list[float]:
-    whole = float((values.clean - values.corrupt).mean())
-    return [float((row - values.corrupt).mean()) / whole for row in values.circuits]
+    whole = float((values.clean - values.empty).mean())
+    return [float((row - values.empty).mean()) / whole for row in values.circuits]
 
 
 def _share(values: Values, at: int, home: int) -> float:
     """What a stand-in keeps of what the behavior's own circuit does."""
-    return ratio(values.circuits[at] - values.corrupt, values.circuits[home] - values.corrupt)[0]
+    return ratio(values.circuits[at] - values.empty, values.circuits[home] - values.empty)[0]
 
 
 def _overlaps(circuits: Mapping[str, Circuit]) -> list[dict[str, Any]]:

@@ -29,6 +29,8 @@ BUILT_IN = (
     "parentheses",
     "successor",
 )
+FROM_LISTS = ("mib",)
+"""Files whose generators read lists that the user points them to."""
 _SLOT = re.compile(r"\{(\w+)\}")
 # How often a generator may draw a prompt it has already made before it is taken to have no more.
 _PATIENCE = 400
@@ -77,7 +79,7 @@ class Generators(_Registry["Callable[..., Made]"]):
     def _import(self) -> None:
         if not self._imported:
             self._imported = True
-            for file in BUILT_IN:
+            for file in (*BUILT_IN, *FROM_LISTS):
                 importlib.import_module(f"{__name__}.{file}")
 
 

@@ -211,3 +211,16 @@ def test_lists_that_are_not_there_are_asked_for(tmp_path) -> None:
         hw.behavior("mib_mcqa", n=4, data=str(tmp_path))
     with pytest.raises(BehaviorError, match="no tens"):
         hw.behavior("mib_arithmetic", n=4, digits=1, counterfactual="tens_op1")
+
+
+def test_a_task_by_name_is_read_where_it_can_be_and_else_made(tmp_path, lists: str) -> None:
+    from headwater.behavior.mib import mib_task
+
+    assert mib_task("arithmetic_subtraction", n=4).about["options"]["operation"] == "-"
+    assert mib_task("ioi", data=lists, n=4).name == "mib_ioi" and mib_task("mcqa", data=lists, n=4).n == 4
+    (tmp_path / "arc_easy_test.json").write_text(json.dumps([ROWS["arc_easy"]]))
+    assert mib_task("arc_easy", data=tmp_path).frame["answers"].to_list() == [["B"]]
+    with pytest.raises(BehaviorError, match="'arc_challenge' is questions of others"):
+        mib_task("arc_challenge", data=tmp_path)
+    with pytest.raises(BehaviorError, match="unknown task"):
+        mib_task("arc")

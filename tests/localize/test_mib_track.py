@@ -13,6 +13,7 @@ from headwater.core.results import load_result
 from headwater.localize.attribution import eap, eap_ig
 from headwater.localize.circuit import Circuit
 from headwater.localize.discovery import discovery_curve
+from headwater.localize.faithfulness import curve as curve_of
 from headwater.localize.graph import Graph
 from headwater.localize.mib import FRACTIONS, areas, from_mib, read_json, to_mib
 from headwater.localize.mib_track import auroc, budget, mib_track, passes_of, scores_of
@@ -39,7 +40,7 @@ def test_each_row_is_the_curve_of_its_own_circuits(tiny_model64, tasks, tmp_path
     )
     scores = eap_ig(tiny_model64, tasks["ioi"], steps=2)
     for rank, ablation in itertools.product(("abs", "signed"), ("counterfactual", "zero")):
-        own = scores.curve(tasks["ioi"].test, rank=rank, ablation=ablation)
+        own = curve_of(scores.graph, scores.scores, tiny_model64, tasks["ioi"].test, rank=rank, ablation=ablation)
         row = table.filter(method="eap_ig", rank=rank, ablation=ablation).row(0, named=True)
         assert row["cpr"] == pytest.approx(own.facts["cpr"], rel=1e-9)
         assert row["cmd"] == pytest.approx(own.facts["cmd"], rel=1e-9)

@@ -62,6 +62,30 @@ def read_mib(
     return Behavior.from_rows(rows, name=f"mib_{task}", about=about)
 
 
+def mib_task(name: str, *, data: str | os.PathLike[str] | None = None, n: int | None = None, seed: int = 0) -> Behavior:
+    """A task of the track by name: the benchmark's own rows where the folder `data` has them, else made in its form.
+
+    IOI and multiple choice are made from the lists in `data`, arithmetic from nothing; ARC's questions cannot be made,
+    so without its file it is refused. Raises BehaviorError for that and for unknown names.
+    """
+    from headwater.behavior.generators import generate
+
+    if name not in TASKS:
+        raise BehaviorError("unknown task of MIB's circuit track", got=repr(name), wanted=did_you_mean(name, TASKS))
+    folder = None if data is None else Path(data)
+    if folder is not None and _in_folder(name, folder):
+        return read_mib(name, folder, n=n)
+    if name.startswith("arc"):
+        raise BehaviorError(
+            f"MIB's task {name!r} is questions of others, which are not part of this package", got=f"data={data}",
+            wanted=f"a folder with {name}_test.jsonl (or .json, .parquet)", fix="Download it, and give its folder",
+        )  # fmt: skip
+    if name.startswith("arithmetic"):
+        sign = "+" if name.endswith("addition") else "-"
+        return generate("mib_arithmetic", n=n, seed=seed, options={"operation": sign})
+    return generate(f"mib_{name}", n=n, seed=seed, options={"data": "" if folder is None else str(folder)})
+
+
 def track_pairs(behavior: Behavior, model: Any) -> Behavior:
     """The pairs that the track keeps under a model's tokenizer, which binding alone would not drop.
 
@@ -96,12 +120,7 @@ def _files(task: str, files: Any) -> dict[str, Any]:
         return dict(files)
     path = Path(files)
     if path.is_dir():
-        found = {
-            split: path / f"{task}_{split}{suffix}"
-            for split in SPLITS
-            for suffix in (".jsonl", ".json", ".parquet")
-            if (path / f"{task}_{split}{suffix}").exists()
-        }
+        found = _in_folder(task, path)
         if not found:
             raise BehaviorError(
                 f"the folder has no file of MIB's task {task!r}", got=str(path), wanted=f"{task}_test.jsonl",
@@ -109,6 +128,16 @@ def _files(task: str, files: Any) -> dict[str, Any]:
             )  # fmt: skip
         return found
     return {"test": path}
+
+
+def _in_folder(task: str, folder: Path) -> dict[str, Path]:
+    """The files of a task's own rows in a folder, by split."""
+    return {
+        split: folder / f"{task}_{split}{suffix}"
+        for split in SPLITS
+        for suffix in (".jsonl", ".json", ".parquet")
+        if (folder / f"{task}_{split}{suffix}").exists()
+    }
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli import behavior, localize, models, trace
+from headwater.cli import behavior, circuit, localize, models, trace
 from headwater.cli.guard import Guarded
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def about(
 trace.add_to(app)
 behavior.add_to(app)
 localize.add_to(app)
+circuit.add_to(app)
 models.add_to(app)
 
 

@@ -212,9 +212,34 @@ class Sweep:
     def run(self, jobs: Iterable[Job], tokens_at_once: int) -> Iterator[tuple[Chunk[Job], Tensor]]:
         """(jobs run at once, their logits [R, B, V])."""
         for chunk in self.geometry.chunks(jobs, tokens_at_once):
-            starts = [job.build(chunk.begin.first) for job in chunk.jobs]
-            logits = self._run(chunk.begin, starts, [job.edits for job in chunk.jobs])
-            yield chunk, logits.view(len(starts), len(self.batch), -1)
+            yield chunk, self.run_chunk(chunk)
+
+    def run_chunk(self, chunk: Chunk[Job]) -> Tensor:
+        """The logits [R, B, V] of jobs that start alike."""
+        starts = [job.build(chunk.begin.first) for job in chunk.jobs]
+        logits = self._run(chunk.begin, starts, [job.edits for job in chunk.jobs])
+        return logits.view(len(starts), len(self.batch), -1)
+
+    def without_attention(
+        self, start: int, stream: Tensor, given: dict[int, Tensor], edits: Sequence[Edit]
+    ) -> list[Tensor]:
+        """The streams before each block from `start` on, and after the last, of a run that computes no attention.
+
+        It begins before block `start` with `stream` [B, T - prefix, D]; each attention gives what it gave in the base
+        run, or what `given` says for its layer. Only MLPs are computed anew, with `edits` on top.
+        """
+        streams: list[Tensor] = []
+        with ExitStack() as stack:
+            self._begin(stack, start, stream)
+            for index in range(start, len(self.layers)):
+                self._after_attention(stack, index, given.get(index, self.given(index)[:, self.prefix :]))
+                on_port(stack, self.layers[index].block.input, lambda x: streams.append(x))
+            on_port(stack, self.layers[-1].block.output, lambda x: streams.append(x))
+            self._put_edits(stack, [edits])
+            self.engine.forward(
+                self.base_ids[:, self.prefix :], self._cache(self.prefix, 1, start) if self.prefix else None
+            )
+        return streams
 
     def _job(self, planned: Planned) -> Job:
         """The earliest parts make the start, the others are edits on the way."""
@@ -244,7 +269,7 @@ class Sweep:
             stream = stream + (new - ours) * self.layers[layer].mlp.write.scale
         if any(part.kind != "mlp_out" for part in writes):
             layer = begin.start - 1
-            ours = self._given(layer)[:, first:]
+            ours = self.given(layer)[:, first:]
             new = self._attention(layer, [part for part in writes if part.kind != "mlp_out"], first)
             stream = stream + (new - ours) * self.layers[layer].attention.write.scale
         for part in parts:
@@ -257,7 +282,7 @@ class Sweep:
         """What attention gives, [B, T - first, D], with some of it from the other run."""
         layer, width = self.layers[at], self.layers[at].attention.d_value
         heads = [part for part in parts if part.kind == "head"]
-        new = self._given(at)[:, first:]
+        new = self.given(at)[:, first:]
         if heads:
             mixed = self.base.mixed[at][:, first:]
             for part in heads:
@@ -269,13 +294,13 @@ class Sweep:
             new = mixed if layer.post_norm.module is None else layer.post_norm.module(mixed)
         for part in parts:
             if part.kind == "attn_out":
-                new = self._put(part, new, self._whole(self.other.attention[at], self._given(at)))
+                new = self._put(part, new, self._whole(self.other.attention[at], self.given(at)))
         for part in parts:
             if part.kind == "resid_mid":
                 new = self._put(part, new, self._attention_to_mid(at))
         return new
 
-    def _given(self, layer: int) -> Tensor:
+    def given(self, layer: int) -> Tensor:
         """What attention gives in the base run, [B, T, D]."""
         return self.base.attention[layer].reshape(self.base.streams[layer].shape)
 
@@ -283,7 +308,7 @@ class Sweep:
         """The attention's output with which the stream behind it is the other run's, from the base run's stream."""
         ours, scale = self.base.streams[at], self.layers[at].attention.write.scale
         theirs = self._whole(self.other.streams[at], ours) - ours
-        return self._whole(self.other.attention[at], self._given(at)) + theirs / scale
+        return self._whole(self.other.attention[at], self.given(at)) + theirs / scale
 
     def _whole(self, other: Tensor, like: Tensor) -> Tensor:
         """The other run at all positions: before the prefix ends it is the base run."""
@@ -333,17 +358,7 @@ class Sweep:
         stacked = torch.cat(list(starts))
         stream = _stacked(self.base.streams[start][:, first:], repeats) if begin.behind else stacked
         with ExitStack() as stack:
-            for index in range(start):
-                block = self.layers[index].block
-                given = self.base.outputs[block.module]
-                # blocks before the start hand on whatever they get; the one just before it hands on the start
-                replace_forward(
-                    stack,
-                    block.module,
-                    _hand_on(given, block.output.key, stream if index == start - 1 else None, block.input.key),
-                )
-            if start == 0:
-                on_port(stack, self.layers[0].block.input, lambda _: stream)
+            self._begin(stack, start, stream)
             if begin.behind:
                 self._after_attention(stack, start, stacked)
             if self.geometry.narrowed(begin, self.narrows):
@@ -351,6 +366,20 @@ class Sweep:
             self._put_edits(stack, edits)
             ids = self.base_ids[:, first:].repeat(repeats, 1)
             return self.engine.forward(ids, self._cache(first, repeats, start) if first else None)
+
+    def _begin(self, stack: ExitStack, start: int, stream: Tensor) -> None:
+        """Have runs start before block `start` with this stream."""
+        for index in range(start):
+            block = self.layers[index].block
+            given = self.base.outputs[block.module]
+            # blocks before the start hand on whatever they get; the one just before it hands on the start
+            replace_forward(
+                stack,
+                block.module,
+                _hand_on(given, block.output.key, stream if index == start - 1 else None, block.input.key),
+            )
+        if start == 0:
+            on_port(stack, self.layers[0].block.input, lambda _: stream)
 
     def _put_edits(self, stack: ExitStack, edits: Sequence[Sequence[Edit]]) -> None:
         by_point: dict[tuple[Any, ...], list[tuple[int, Edit]]] = {}

@@ -31,7 +31,9 @@ def color_end(drawn: list[Row]) -> float:
 def attribution(result: Any) -> Any:
     """Heads by layer and head, MLPs as a column of their own, one colour scale."""
     found = node_rows(result)
-    drawn = [row for row in found if row["sort"] in ("head", "mlp")]
+    # the map has one cell a head: its queries, keys and values have rows of their own, and so have positions
+    whole = [row for row in found if row["sort"] in ("head", "mlp") and row["port"] is None]
+    drawn = list({row["node"]: row for row in sorted(whole, key=lambda row: abs(row["score"]))}.values())
     if not drawn:
         return themed(strongest_nodes(result, finished=False))
     extreme = color_end(drawn)

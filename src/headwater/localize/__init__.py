@@ -22,6 +22,10 @@ _NAMES = {
     "acdc": "acdc",
     "SearchResult": "search",
     "Ablation": "ablation",
+    "edge_pruning": "edge_pruning",
+    "node_pruning": "edge_pruning",
+    "greedy": "search_greedy",
+    "IncompletenessResult": "completeness",
     "methods": "catalog",
     "Plan": "planning",
     "plan": "planning",
@@ -33,35 +37,69 @@ _NAMES = {
     "MinimalityResult": "faithfulness",
     "NullResult": "faithfulness",
     "areas": "mib",
+    "compare": "comparing",
+    "ComparisonResult": "comparing",
+    "reuse": "reusing",
+    "ReuseResult": "reusing",
+    "group_tests": "reusing",
+    "HeadGroupsResult": "reusing",
+    "interference": "interfering",
+    "InterferenceResult": "interfering",
+    "subspace_check": "subspace",
+    "SubspaceResult": "subspace",
+    "mib_track": "circuit_track",
+    "MibTrackResult": "circuit_track",
+    "auroc": "circuit_track",
+    "discovery_curve": "discovery",
+    "DiscoveryResult": "discovery",
 }
 
 __all__ = [
     "Ablation",
     "AttributionResult",
     "Circuit",
+    "ComparisonResult",
+    "DiscoveryResult",
     "FaithfulnessResult",
     "Graph",
+    "HeadGroupsResult",
+    "IncompletenessResult",
+    "InterferenceResult",
+    "MibTrackResult",
     "MinimalityResult",
     "NullResult",
     "PatchingResult",
     "PathPatchingResult",
     "Plan",
+    "ReuseResult",
     "SearchResult",
+    "SubspaceResult",
     "acdc",
     "areas",
     "atp",
     "atp_star",
+    "auroc",
+    "compare",
+    "discovery_curve",
     "eap",
     "eap_clean_corrupted",
     "eap_ig",
     "eap_ig_activations",
+    "edge_pruning",
     "grad_drop",
     "graph_of",
+    "greedy",
+    "group_tests",
+    "interference",
     "methods",
+    "mib_track",
     "node_ig",
+    "node_pruning",
     "patch",
     "path_patch",
     "plan",
+    "reuse",
+    "subspace_check",
 ]
 
 
@@ -83,17 +121,26 @@ if TYPE_CHECKING:
     from headwater.localize.attribution import AttributionResult, eap, eap_ig
     from headwater.localize.catalog import methods
     from headwater.localize.circuit import Circuit
+    from headwater.localize.circuit_track import MibTrackResult, auroc, mib_track
     from headwater.localize.clean_corrupted import eap_clean_corrupted
+    from headwater.localize.comparing import ComparisonResult, compare
+    from headwater.localize.completeness import IncompletenessResult
+    from headwater.localize.discovery import DiscoveryResult, discovery_curve
     from headwater.localize.dropping import grad_drop
+    from headwater.localize.edge_pruning import edge_pruning, node_pruning
     from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
     from headwater.localize.graph import Graph
     from headwater.localize.ig_activations import eap_ig_activations
+    from headwater.localize.interfering import InterferenceResult, interference
     from headwater.localize.mib import areas
     from headwater.localize.node_integrals import node_ig
     from headwater.localize.nodes import atp
     from headwater.localize.patching import PatchingResult, patch
     from headwater.localize.path_patching import PathPatchingResult, path_patch
     from headwater.localize.planning import Plan, plan
+    from headwater.localize.reusing import HeadGroupsResult, ReuseResult, group_tests, reuse
     from headwater.localize.search import SearchResult
+    from headwater.localize.search_greedy import greedy
     from headwater.localize.star import atp_star
+    from headwater.localize.subspace import SubspaceResult, subspace_check
     from headwater.localize.wiring import graph_of

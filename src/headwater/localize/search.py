@@ -17,7 +17,7 @@ from headwater.localize.circuit import Circuit
 from headwater.localize.evaluate import CircuitRunner, Live, Reference
 from headwater.localize.graph import Graph
 from headwater.localize.passes import Batch, Engine, Scored, make_batches, tokens_at_once
-from headwater.localize.selection import nodes_in, prune
+from headwater.localize.selection import Rank, nodes_in, prune, select
 
 if TYPE_CHECKING:
     from headwater.behavior.bind import Bound
@@ -52,19 +52,26 @@ class SearchResult(Result):
         self._model = model
         return self
 
-    def circuit(self, row: int = -1) -> Circuit:
-        """The circuit of one row of the curve (the last one unless said), dangling parts pruned."""
-        masks = self.tensors["masks"]
-        if not -len(masks) <= row < len(masks):
+    def circuit(self, row: int | None = None, *, edges: int | None = None, fraction: float | None = None) -> Circuit:
+        """The circuit of one row of the curve (the last one unless said), or one of another size cut from the scores;
+        dangling parts pruned.
+        """
+        masks, graph, scores = self.tensors["masks"], self.graph, self.tensors["scores"]
+        if row is not None and (edges is not None or fraction is not None):
+            raise MethodError("give a row of the curve or a size, not both", got=f"row={row}")
+        if edges is not None or fraction is not None:
+            mask = select(graph, scores, edges=edges, fraction=fraction, rank=self.facts["rank"])
+        elif not -len(masks) <= (-1 if row is None else row) < len(masks):
             raise MethodError("no such row in this search", got=row, wanted=f"0 to {len(masks) - 1}")
-        graph = self.graph
+        else:
+            mask = prune(graph, masks[-1 if row is None else row])
         return Circuit.build(
             graph,
-            prune(graph, masks[row]),
-            self.tensors["scores"],
+            mask,
+            scores,
             model=self._model,
             method=str(self.facts["method"]),
-            config=self.config | {"row": row},
+            config=self.config | {"row": row, "edges": edges, "fraction": fraction},
             provenance=self.provenance,
         )
 
@@ -78,8 +85,16 @@ class Trials:
     """
 
     def __init__(
-        self, model: "Model", bound: "Bound", metric: str, ablation: AblationLike, memory_mb: float | None = None
+        self,
+        model: "Model",
+        bound: "Bound",
+        metric: str,
+        ablation: AblationLike,
+        memory_mb: float | None = None,
+        *,
+        pairs: int | None = None,
     ) -> None:
+        """pairs: how many a batch at most."""
         self.engine, self.scored, self.ablation = Engine(model), Scored.named(metric), as_ablation(ablation)
         self.graph = self.engine.wiring.graph
         self.lower_is_better = metric in LOWER_IS_BETTER
@@ -87,16 +102,18 @@ class Trials:
         if metric != "logit_diff":
             floats += model.d_vocab // 4  # every token of the vocabulary is unembedded, once a prompt
         self.at_once = tokens_at_once(model, floats, memory_mb)
-        self.batches: list[Batch] = make_batches(bound, self.at_once, reuse_prefix=False)
+        longest = max((group.clean.shape[1] for group in bound.groups), default=1)
+        size = self.at_once if pairs is None else min(self.at_once, pairs * longest)
+        self.batches: list[Batch] = make_batches(bound, size, reuse_prefix=False)
         self.n = sum(len(batch) for batch in self.batches)
         self.forward = 0.0
         """Passes spent, in forwards of one pair through the whole model."""
         CircuitRunner(self.engine, self.scored).check()
         prepared = prepare(self.engine, bound, self.batches, self.ablation)
         self.runner = CircuitRunner(self.engine, self.scored, prepared)
-        self._references: list[Reference] = []
-        self._entered: list[Tensor] = []
-        self._clean: list[Tensor] = []
+        self.references: list[Reference] = []
+        self.entered: list[Tensor] = []
+        self.clean: list[Tensor] = []
         self._known: list[Tensor] = []
         full, empty = 0.0, 0.0
         for batch in self.batches:
@@ -104,9 +121,9 @@ class Trials:
                 read = self.scored.narrowed(stack, self.engine, batch)
                 logits, entered = self.runner.clean(batch.clean, None)
                 reference = self.runner.reference(read, None)
-                self._references.append(reference)
-                self._entered.append(entered)
-                self._clean.append(logits)
+                self.references.append(reference)
+                self.entered.append(entered)
+                self.clean.append(logits)
                 full += float(self.scored(read, logits, logits).double().sum())
                 empty += float(self.scored(read, reference.logits, logits).double().sum())
         self.full, self.empty = full / self.n, empty / self.n
@@ -125,7 +142,7 @@ class Trials:
         self._known = []
         total = 0.0
         for batch, reference, entered, clean in zip(
-            self.batches, self._references, self._entered, self._clean, strict=True
+            self.batches, self.references, self.entered, self.clean, strict=True
         ):
             with self.engine.open(), ExitStack() as stack:
                 read = self.scored.narrowed(stack, self.engine, batch)
@@ -152,10 +169,10 @@ class Trials:
                 part = used[at : at + size]
                 with self.engine.open(), ExitStack() as stack:
                     read = self.scored.narrowed(stack, self.engine, batch)
-                    live = Live(self._references[number], part, self._entered[number], start=start, known=known)
+                    live = Live(self.references[number], part, self.entered[number], start=start, known=known)
                     logits = live.run(batch.clean, None).view(len(part), len(batch), -1)
                     for i, own in enumerate(logits):
-                        found[at + i] += self.scored(read, own, self._clean[number]).double().sum().cpu()
+                        found[at + i] += self.scored(read, own, self.clean[number]).double().sum().cpu()
         self.forward += len(used) * self.n * (self.graph.n_layers - start) / self.graph.n_layers
         return (found / self.n).tolist()
 
@@ -183,6 +200,8 @@ def search_result(
     metric: str,
     config: dict[str, Any],
     started: float,
+    backward: float = 0.0,
+    rank: Rank = "abs",
     facts: dict[str, Any] | None = None,
     tables: dict[str, pl.DataFrame] | None = None,
 ) -> SearchResult:
@@ -197,7 +216,7 @@ def search_result(
             "value": [value for _, _, value, _ in rows],
             "faithfulness": [trials.faithfulness(value) for _, _, value, _ in rows],
             "forward": [forward for *_, forward in rows],
-            "backward": [0.0] * len(rows),
+            "backward": [backward] * len(rows),
         }
     )
     result = SearchResult(
@@ -211,8 +230,9 @@ def search_result(
             "empty": trials.empty,
             "n": trials.n,
             "n_total_edges": graph.n_edges,
-            "passes": {"forward": trials.forward, "backward": 0.0},
+            "passes": {"forward": trials.forward, "backward": backward},
             "graph": graph.to_dict(),
+            "rank": rank,
         }
         | (facts or {}),
         config={"method": method, **config},

@@ -277,6 +277,19 @@ def incompleteness() -> Result:
     return result("incompleteness", {"subsets": rows})
 
 
+def claim_rates() -> Result:
+    rows = [
+        {"kind": kind, "of": of, "supported": i, "n": 70, "rate": i / 70, "lo": 0.0, "hi": 0.1, "bound": 0.05}
+        for i, (kind, of) in enumerate(
+            (kind, of) for kind in ("random weights", "all nulls") for of in ("investigations", "claims")
+        )
+    ] + [
+        {"kind": "true mechanism", "of": of, "supported": 20, "n": 22, "rate": 20 / 22, "lo": 0.7, "hi": 1.0}
+        for of in ("claims", "behavior-accuracy", "circuit-sufficient")
+    ]
+    return result("claim_rates", {"rates": rows})
+
+
 def optimal_ablation() -> Result:
     rng = random.Random(11)
     rows = [{"node": f"a{i // 3}.h{i % 3}", "layer": i // 3, "gap": rng.random(), "loss": 1.0} for i in range(12)]
@@ -375,6 +388,30 @@ def ledger(seed: int = 5) -> Ledger:
     return Ledger.of(claims, q=0.05, provenance=PROVENANCE)
 
 
+def mechanism() -> Result:
+    edges = [
+        {"source": "input", "target": "a0.h0<q>", "variable": HOSTILE, "live": True},
+        {"source": "input", "target": "a0.h0<k>", "variable": "bos", "live": False},
+        {"source": "a0.h0", "target": "m0", "variable": "share", "live": True},
+        {"source": "m0", "target": "logits", "variable": "count", "live": True},
+    ]
+    return result("mechanism", {"edges": edges}, {"program": HOSTILE})
+
+
+def interchange() -> Result:
+    edges = [
+        {"source": f"a{i}.h0", "target": f"m{j}", "live": i == j, "changed": 0.5 if i == j else 0.0, "effect": 1.0}
+        for i in range(3)
+        for j in range(i, 3)
+    ]
+    return result("interchange", {"edges": edges}, {"program": HOSTILE, "n": 8, "outside": 0.0})
+
+
+def compression() -> Result:
+    streams = [{"site": f"resid_post.{i}", "cosine": 0.9 + i / 100, "error": 0.1} for i in range(6)]
+    return result("compression", {"streams": streams}, {"accuracy": 0.99, "d_model": 8, "d_wide": 16})
+
+
 MAKERS = {
     "behavior_report": ("behavior", behavior_report),
     "patching": ("localize", patching),
@@ -387,7 +424,11 @@ MAKERS = {
     "optimal_ablation": ("circuit", optimal_ablation),
     "heads": ("heads", heads),
     "ledger": ("claims", ledger),
+    "claim_rates": ("claims", claim_rates),
     "effect": ("act", effect),
+    "mechanism": ("circuit", mechanism),
+    "interchange": ("circuit", interchange),
+    "compression": ("circuit", compression),
 }
 
 

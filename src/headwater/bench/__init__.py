@@ -14,13 +14,17 @@ _NAMES = {
     "CompileConfig": ("rasp.compiler", "CompileConfig"),
     "TrueMechanism": ("mechanism", "TrueMechanism"),
     "Interchange": ("interchange", "Interchange"),
+    "claim_rates": ("rates", "claim_rates"),
+    "ClaimRates": ("rates", "ClaimRates"),
 }
 
 __all__ = [
+    "ClaimRates",
     "CompileConfig",
     "Compiled",
     "Interchange",
     "TrueMechanism",
+    "claim_rates",
     "rasp",
     "truth",
 ]
@@ -45,3 +49,4 @@ if TYPE_CHECKING:
     from headwater.bench.interchange import Interchange
     from headwater.bench.mechanism import TrueMechanism
     from headwater.bench.rasp.compiler import CompileConfig, Compiled
+    from headwater.bench.rates import ClaimRates, claim_rates

@@ -6,8 +6,10 @@ from headwater.report.charts.behaviors import behavior_report, canary, margins
 from headwater.report.charts.circuits import circuit, faithfulness, null
 from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.patches import patching
+from headwater.report.charts.rates import claim_rates
 from headwater.report.charts.scores import attribution, strongest_nodes
 from headwater.report.charts.searches import incompleteness, optimal_ablation, search
+from headwater.report.charts.truth import compression, interchange, mechanism
 from headwater.report.drawing import draw
 from headwater.report.layout import place
 from headwater.report.svg import inline
@@ -22,9 +24,13 @@ KINDS = (
     "effect",
     "heads",
     "ledger",
+    "claim_rates",
     "search",
     "incompleteness",
     "optimal_ablation",
+    "mechanism",
+    "interchange",
+    "compression",
 )
 
 
@@ -47,12 +53,15 @@ __all__ = [
     "behavior_report",
     "canary",
     "circuit",
+    "claim_rates",
     "effect",
     "faithfulness",
     "heads",
     "incompleteness",
+    "interchange",
     "ledger",
     "margins",
+    "mechanism",
     "null",
     "optimal_ablation",
     "patching",

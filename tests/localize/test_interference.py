@@ -15,7 +15,7 @@ from headwater.behavior.generators.parentheses import CALLS, THINGS
 from headwater.core.errors import MethodError
 from headwater.core.results import load_result
 from headwater.localize.catalog import methods
-from headwater.localize.interference import InterferenceConfig, components, interference, names_of, scaled_margins
+from headwater.localize.interfering import InterferenceConfig, components, interference, names_of, scaled_margins
 from headwater.localize.passes import Engine, make_batches
 from headwater.localize.votes import Voter, Votes, collect
 from localize_families import bound, make, pairs
@@ -143,7 +143,7 @@ def test_verdicts_of_votes_made_by_hand() -> None:
 
 
 def test_precision_and_recall_by_hand(tiny_model) -> None:
-    from headwater.localize.interference import _classes
+    from headwater.localize.interfering import _classes
 
     names, votes = hand_made()
 

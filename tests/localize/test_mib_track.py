@@ -12,11 +12,11 @@ from headwater.core.errors import MethodError
 from headwater.core.results import load_result
 from headwater.localize.attribution import eap, eap_ig
 from headwater.localize.circuit import Circuit
+from headwater.localize.circuit_track import auroc, budget, mib_track, passes_of, scores_of
 from headwater.localize.discovery import discovery_curve
 from headwater.localize.faithfulness import curve as curve_of
 from headwater.localize.graph import Graph
 from headwater.localize.mib import FRACTIONS, areas, from_mib, read_json, to_mib
-from headwater.localize.mib_track import auroc, budget, mib_track, passes_of, scores_of
 from headwater.localize.nodes import atp
 from headwater.localize.patching import patch
 from headwater.localize.wiring import graph_of

@@ -8,7 +8,7 @@ import headwater as hw
 from headwater.core.errors import MethodError
 from headwater.localize.circuit import Circuit
 from headwater.localize.heads import attention_to_places, mean_outputs, metric_values
-from headwater.localize.reuse import group_tests, reuse
+from headwater.localize.reusing import group_tests, reuse
 from headwater.localize.wiring import graph_of
 
 

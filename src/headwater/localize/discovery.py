@@ -12,9 +12,9 @@ from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.localize.catalog import methods as known_methods
 from headwater.localize.circuit import Circuit
+from headwater.localize.circuit_track import budget, passes_of, scores_of
 from headwater.localize.faithfulness import evaluate_masks
 from headwater.localize.mib import FRACTIONS, areas
-from headwater.localize.mib_track import budget, passes_of, scores_of
 from headwater.localize.passes import for_discovery
 from headwater.localize.selection import Rank, prune
 from headwater.localize.wiring import graph_of

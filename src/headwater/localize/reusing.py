@@ -20,7 +20,7 @@ from headwater.core.errors import MethodError, did_you_mean
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.localize.circuit import Circuit
-from headwater.localize.compare import shared_p
+from headwater.localize.comparing import shared_p
 from headwater.localize.faithfulness import Values, evaluate_masks
 from headwater.localize.heads import ROLES, Head, HeadsResult, attention_to_places, mean_outputs, metric_values
 from headwater.localize.nulls import p_value, random_circuits

@@ -412,6 +412,101 @@ def compression() -> Result:
     return result("compression", {"streams": streams}, {"accuracy": 0.99, "d_model": 8, "d_wide": 16})
 
 
+def comparison() -> Result:
+    """Two circuits that share more edges than their layers give."""
+    rows = [
+        {
+            "what": what, "measure": measure, "value": value, "expected": 0.2, "lo": 0.1, "hi": 0.3, "p": 0.001,
+            "percentile": 0.999, "null": "heads" if what == "heads" else "edges", "a": 40, "b": 50, "shared": 20,
+        }
+        for what, measure, value in [("edges", "iou", 0.4), ("edges", "recall", 0.6), ("heads", "iou", 0.5)]
+    ]  # fmt: skip
+    return result("comparison", {"overlap": rows}, {"names": ["a", HOSTILE]})
+
+
+def reuse() -> Result:
+    """Three circuits on three behaviors."""
+    names = ["ioi", "colors", HOSTILE]
+    rows = [
+        {
+            "circuit": a, "behavior": b, "faithfulness": 0.9 if a == b else 0.3, "lo": 0.2, "hi": 1.0, "relative": 1.0,
+            "null": 0.1, "p": 0.09, "edges": 100, "n": 50,
+        }
+        for a in names for b in names
+    ]  # fmt: skip
+    return result("reuse", {"matrix": rows})
+
+
+def head_groups() -> Result:
+    """Groups of heads beside random ones."""
+    rows = [
+        {
+            "group": name, "role": None, "heads": "a1.h2", "n_heads": 1, "attention": None, "attention_null": None,
+            "attention_p": None, "effect": effect, "lo": effect - 0.1, "hi": effect + 0.1, "null": 0.02, "p": 0.05,
+            "n": 50, "draws": 20,
+        }
+        for name, effect in [("name_mover", 0.5), ("s_inhibition", 0.3), (HOSTILE, 0.01)]
+    ]  # fmt: skip
+    return result("head_groups", {"groups": rows})
+
+
+def interference() -> Result:
+    """Faulty votes that win where the model is wrong."""
+    votes = {"sound": (4.2, 1.0), "faulty": (-1.3, -5.8), "mixed": (-0.3, 1.7), "rest": (0.0, 0.0), "all": (2.6, -3.1)}
+    rows = [
+        {"outcome": outcome, "group": name, "margin": margin, "lo": margin - 0.5, "hi": margin + 0.5, "n": 30}
+        for i, outcome in enumerate(("right", "wrong"))
+        for name, both in votes.items()
+        for margin in [both[i]]
+    ]
+    return result("interference", {"components": [{"component": "a1.h2", "verdict": "sound"}], "sums": rows})
+
+
+def subspace() -> Result:
+    """A patch that works through a dormant pathway."""
+    rows = [
+        {
+            "part": part,
+            "effect": effect,
+            "lo": effect - 0.05,
+            "hi": effect + 0.05,
+            "n": 40,
+            "about": f"{part} {HOSTILE}",
+        }
+        for part, effect in [("whole", 0.95), ("rowspace", 0.1), ("nullspace", 0.0), ("site", 0.6), ("random", 0.01)]
+    ]
+    return result("subspace", {"parts": rows}, {"verdict": "dormant pathway"})
+
+
+def mib_track() -> Result:
+    """Two methods and random on two tasks."""
+    rows = [
+        {
+            "task": task, "method": method, "rank": rank, "level": "edge", "ablation": "zero", "cpr": 1.0 - cmd,
+            "cmd": cmd, "seconds": 3.0, "forward": 10.0, "backward": 5.0, "n": 50,
+        }
+        for task in ("ioi", HOSTILE)
+        for method, cmd in [("eap_ig", 0.04), ("eap", 0.1), ("random", 0.74)]
+        for rank in ("abs", "signed")
+    ]  # fmt: skip
+    return result("mib_track", {"track": rows})
+
+
+def discovery() -> Result:
+    """Two methods on ever more pairs, and random."""
+    rows = [
+        {
+            "method": method, "options": "", "pairs": n, "forward": 2.0 * n, "backward": 1.0 * n, "passes": 3.0 * n,
+            "seconds": 1.0, "cmd": 0.2, "cpr": 0.9, "closeness": at, "overlap": None,
+        }
+        for method, at, n in [
+            ("eap", 0.5, 4), ("eap", 0.6, 16), ("eap", 0.65, 64), ("eap_ig", 0.7, 4), ("eap_ig", 0.8, 16),
+            (HOSTILE, 0.3, 16), ("random", 0.1, 0),
+        ]
+    ]  # fmt: skip
+    return result("discovery", {"curve": rows}, {"fraction": 0.05})
+
+
 MAKERS = {
     "behavior_report": ("behavior", behavior_report),
     "patching": ("localize", patching),
@@ -429,6 +524,13 @@ MAKERS = {
     "mechanism": ("circuit", mechanism),
     "interchange": ("circuit", interchange),
     "compression": ("circuit", compression),
+    "comparison": ("circuit", comparison),
+    "reuse": ("circuit", reuse),
+    "head_groups": ("heads", head_groups),
+    "interference": ("localize", interference),
+    "subspace": ("localize", subspace),
+    "mib_track": ("circuit", mib_track),
+    "discovery": ("circuit", discovery),
 }
 
 

@@ -5,11 +5,14 @@ from typing import Any
 from headwater.report.charts.behaviors import behavior_report, canary, margins
 from headwater.report.charts.circuits import circuit, faithfulness, null
 from headwater.report.charts.claims import effect, heads, ledger
+from headwater.report.charts.comparisons import comparison, head_groups, reuse
 from headwater.report.charts.patches import patching
+from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
 from headwater.report.charts.scores import attribution, strongest_nodes
 from headwater.report.charts.searches import incompleteness, optimal_ablation, search
 from headwater.report.charts.truth import compression, interchange, mechanism
+from headwater.report.charts.verdicts import discovery, interference, mib_track, subspace
 from headwater.report.drawing import draw
 from headwater.report.layout import place
 from headwater.report.svg import inline
@@ -17,6 +20,8 @@ from headwater.report.svg import inline
 KINDS = (
     "behavior_report",
     "patching",
+    "path_patching",
+    "causal_trace",
     "attribution",
     "circuit",
     "faithfulness",
@@ -31,6 +36,13 @@ KINDS = (
     "mechanism",
     "interchange",
     "compression",
+    "comparison",
+    "reuse",
+    "head_groups",
+    "interference",
+    "subspace",
+    "mib_track",
+    "discovery",
 )
 
 
@@ -52,19 +64,29 @@ __all__ = [
     "attribution",
     "behavior_report",
     "canary",
+    "causal_trace",
     "circuit",
     "claim_rates",
+    "comparison",
+    "compression",
+    "discovery",
     "effect",
     "faithfulness",
+    "head_groups",
     "heads",
     "incompleteness",
     "interchange",
+    "interference",
     "ledger",
     "margins",
     "mechanism",
+    "mib_track",
     "null",
     "optimal_ablation",
     "patching",
+    "path_patching",
+    "reuse",
     "search",
     "strongest_nodes",
+    "subspace",
 ]

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 _NAMES = {
     "patch": "patching",
     "path_patch": "path_patching",
+    "causal_trace": "causal_tracing",
+    "CausalTraceResult": "causal_tracing",
     "PathPatchingResult": "path_patching",
     "PatchingResult": "patching",
     "atp": "nodes",
@@ -57,6 +59,7 @@ _NAMES = {
 __all__ = [
     "Ablation",
     "AttributionResult",
+    "CausalTraceResult",
     "Circuit",
     "ComparisonResult",
     "DiscoveryResult",
@@ -79,6 +82,7 @@ __all__ = [
     "atp",
     "atp_star",
     "auroc",
+    "causal_trace",
     "compare",
     "discovery_curve",
     "eap",
@@ -120,6 +124,7 @@ if TYPE_CHECKING:
     from headwater.localize.acdc import acdc
     from headwater.localize.attribution import AttributionResult, eap, eap_ig
     from headwater.localize.catalog import methods
+    from headwater.localize.causal_tracing import CausalTraceResult, causal_trace
     from headwater.localize.circuit import Circuit
     from headwater.localize.circuit_track import MibTrackResult, auroc, mib_track
     from headwater.localize.clean_corrupted import eap_clean_corrupted

@@ -17,6 +17,7 @@ from headwater.core.results import Result
 _OWN = (
     "acdc",
     "attribution",
+    "causal_tracing",
     "clean_corrupted",
     "dropping",
     "edge_pruning",

@@ -164,7 +164,7 @@ def patch(
         "seed": seed,
         "memory_mb": memory_mb,
     }
-    used = _Setting.of(model, behavior, sites, metrics, given)
+    used = PatchSetting.of(model, behavior, sites, metrics, given)
     used.prepare()
     found: dict[Patch, dict[int, Tensor]] = {}
     base: dict[int, Tensor] = {}
@@ -183,7 +183,7 @@ def patch(
 
 
 @dataclass(eq=False)
-class _Setting:
+class PatchSetting:
     """Everything about a sweep that is known before it runs."""
 
     engine: Engine
@@ -208,7 +208,7 @@ class _Setting:
         sites: str | Sequence[str],
         metrics: str | Sequence[str],
         options: dict[str, Any],
-    ) -> "_Setting":
+    ) -> "PatchSetting":
         names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         wanted = (sites,) if isinstance(sites, str) else tuple(sites)
         direction = direction_of(options.get("corruption", "counterfactual"), options.get("direction"))
@@ -318,7 +318,7 @@ def _by_row(batch: Batch, values: Tensor) -> dict[int, Tensor]:
 
 
 def _result(
-    used: _Setting,
+    used: PatchSetting,
     found: dict[Patch, dict[int, Tensor]],
     base: dict[int, Tensor],
     other: dict[int, Tensor],
@@ -395,7 +395,7 @@ def _plan(
     known = [name for name in PatchConfig.__dataclass_fields__ if name not in ("sites", "metrics")]
     if unknown := [name for name in options if name not in known]:
         raise MethodError("unknown option of patch", got=", ".join(unknown), wanted=", ".join(known))
-    used = _Setting.of(model, behavior, sites, metrics, options)
+    used = PatchSetting.of(model, behavior, sites, metrics, options)
     tally = Tally(model, used.config.memory_mb)
     for batch in used.batches:
         plan_sweep(tally, used.engine, used.widened(batch), used.targets(batch), used, batch)
@@ -403,7 +403,7 @@ def _plan(
 
 
 def plan_sweep(
-    tally: Tally, engine: Engine, wide: Batch, targets: Iterator[Patch], used: _Setting, batch: Batch
+    tally: Tally, engine: Engine, wide: Batch, targets: Iterator[Patch], used: PatchSetting, batch: Batch
 ) -> None:
     """Add the passes of one sweep."""
     from headwater.localize.planners import words_read

@@ -8,7 +8,6 @@ from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.comparisons import comparison, head_groups, reuse
 from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
-from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
 from headwater.report.charts.scores import attribution, strongest_nodes
 from headwater.report.charts.searches import incompleteness, optimal_ablation, search
@@ -85,7 +84,6 @@ __all__ = [
     "null",
     "optimal_ablation",
     "patching",
-    "path_patching",
     "path_patching",
     "reuse",
     "search",

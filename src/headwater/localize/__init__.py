@@ -28,6 +28,8 @@ _NAMES = {
     "node_pruning": "edge_pruning",
     "greedy": "search_greedy",
     "IncompletenessResult": "completeness",
+    "optimal_ablation": "optimal_ablation",
+    "OptimalAblationResult": "optimal_ablation",
     "methods": "catalog",
     "Plan": "planning",
     "plan": "planning",
@@ -71,6 +73,7 @@ __all__ = [
     "MibTrackResult",
     "MinimalityResult",
     "NullResult",
+    "OptimalAblationResult",
     "PatchingResult",
     "PathPatchingResult",
     "Plan",
@@ -99,6 +102,7 @@ __all__ = [
     "mib_track",
     "node_ig",
     "node_pruning",
+    "optimal_ablation",
     "patch",
     "path_patch",
     "plan",
@@ -140,6 +144,7 @@ if TYPE_CHECKING:
     from headwater.localize.mib import areas
     from headwater.localize.node_integrals import node_ig
     from headwater.localize.nodes import atp
+    from headwater.localize.optimal_ablation import OptimalAblationResult, optimal_ablation
     from headwater.localize.patching import PatchingResult, patch
     from headwater.localize.path_patching import PathPatchingResult, path_patch
     from headwater.localize.planning import Plan, plan

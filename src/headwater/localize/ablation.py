@@ -94,6 +94,11 @@ class Ablation:
         return self.kind in ("counterfactual", "resample")
 
     @property
+    def learns(self) -> bool:
+        """Whether its constants are still to be learned."""
+        return self.kind == "optimal" and self.constants is None
+
+    @property
     def texts(self) -> Over:
         """Whose texts are averaged or drawn."""
         return self.over or ("prompt" if self.kind == "resample" else "counterfactual")

@@ -25,6 +25,7 @@ _OWN = (
     "interfering",
     "node_integrals",
     "nodes",
+    "optimal_ablation",
     "patching",
     "path_patching",
     "search_greedy",

@@ -17,7 +17,7 @@ from headwater.core.errors import MethodError
 from headwater.core.results import Provenance, Result, register_result
 from headwater.localize.ablation import AblationLike, as_ablation
 from headwater.localize.circuit import Circuit
-from headwater.localize.faithfulness import Values, evaluate_masks
+from headwater.localize.faithfulness import Values, evaluate_masks, learned
 from headwater.localize.graph import Graph
 from headwater.localize.selection import prune
 
@@ -71,6 +71,7 @@ def incompleteness(
     members = [graph.source(name) for name in circuit.nodes if name not in ("input", "logits")]
     if not members:
         raise MethodError("this circuit has no nodes to leave out")
+    ablation = learned(as_ablation(ablation), used, behavior, graph, circuit.mask)
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.rand(len(members), generator=generator) < 0.5 for _ in range(n)]
     subsets: list[tuple[str, list[int]]] = [("whole", [])]

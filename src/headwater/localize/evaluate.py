@@ -164,8 +164,11 @@ class Reference:
         reference.outputs = outputs
         return reference
 
-    def shifted(self, constants: Constants) -> "Reference":
-        """Every edge carries its source's constant: this run's streams moved by how the writes differ."""
+    def shifted(self, constants: Constants, *, logits: bool = True) -> "Reference":
+        """Every edge carries its source's constant: this run's streams moved by how the writes differ.
+
+        Differentiable by the constants with `logits=False`, where the empty circuit is not run.
+        """
         batch, steps, _ = self.shape
         writes = constants.map(lambda x: _tiled(x, batch, steps))
         seen = Seen(embed=writes.input.view(self.shape), logits=self.logits)
@@ -183,10 +186,11 @@ class Reference:
         final = self.final + shift.view(self.shape)[:, -1]
         moved = Reference(self.runner, self.ids, seen, writes, final)
         moved.outputs = self.outputs
-        nothing = torch.zeros_like(self.graph.allowed)
-        moved.logits = Live(moved, [nothing], self.writes.input.view(self.shape)).run(
-            self.ids, None, even_if_empty=True
-        )
+        if logits:
+            nothing = torch.zeros_like(self.graph.allowed)
+            moved.logits = Live(moved, [nothing], self.writes.input.view(self.shape)).run(
+                self.ids, None, even_if_empty=True
+            )
         return moved
 
     def _attention_shift(self, index: int, writes: Constants) -> Tensor:
@@ -310,7 +314,7 @@ class Live:
             self._repeat(stack, layer.mlp.entry.module)
 
     def _repeat(self, stack: ExitStack, module: nn.Module) -> None:
-        output = _repeated(self.reference.outputs[module], self.copies)
+        output = repeated(self.reference.outputs[module], self.copies)
         replace_forward(stack, module, lambda *_, **__: output)
 
     def _reads(self, before: int, columns: Tensor, stream: Tensor) -> Tensor:
@@ -449,14 +453,14 @@ def _tiled(x: Tensor, batch: int, steps: int) -> Tensor:
     return x[..., None, :, :].expand(*x.shape[:-2], batch, *x.shape[-2:]).reshape(*x.shape[:-2], -1, x.shape[-1])
 
 
-def _repeated(output: Any, copies: int) -> Any:
+def repeated(output: Any, copies: int) -> Any:
     """A module's output with every tensor in it repeated along the batch."""
     if copies == 1:
         return output
     if isinstance(output, Tensor):
         return output.repeat(copies, *[1] * (output.ndim - 1)) if output.ndim else output
     if type(output) in (tuple, list):
-        return type(output)(_repeated(item, copies) for item in output)
+        return type(output)(repeated(item, copies) for item in output)
     return output
 
 

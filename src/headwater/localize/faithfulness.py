@@ -16,7 +16,7 @@ from torch import Tensor
 from headwater.core.errors import MethodError
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
-from headwater.localize.ablation import AblationLike, ablation_names, as_ablation, as_ablations, prepare
+from headwater.localize.ablation import Ablation, AblationLike, ablation_names, as_ablation, as_ablations, prepare
 from headwater.localize.circuit import Circuit
 from headwater.localize.evaluate import CircuitRunner
 from headwater.localize.graph import Graph
@@ -215,34 +215,43 @@ def _judge(
     started = time.monotonic()
     ablations = as_ablations(ablation)
     names = ablation_names(ablations)
-    found = [
-        evaluate_masks(
-            model, behavior, masks, metric=metric, label=f"{what} ({name})", ablation=one, positions=positions
-        )
-        for name, one in zip(names, ablations, strict=True)
-    ]
-    first = found[0]
+    found: list[tuple[Values, int]] = []
+    for name, one in zip(names, ablations, strict=True):
+        # constants that are learned for a circuit are that circuit's own
+        groups = [[mask] for mask in masks] if one.learns else [list(masks)]
+        for group in groups:
+            values = evaluate_masks(
+                model,
+                behavior,
+                group,
+                metric=metric,
+                label=f"{what} ({name})",
+                ablation=learned(one, model, behavior, graph, group[0]),
+                positions=positions,
+            )
+            found += [(values, i) for i in range(len(group))]
+    first, last_of_first = found[len(masks) - 1]
     kept = [int((prune if mask.ndim == 2 else prune_positions)(graph, mask).sum()) for mask in masks]
     shares = list(fractions) if fractions is not None else [n / graph.n_edges for n in kept]
     asked = [int(mask.sum()) for mask in masks]
     if fractions is not None:
         asked = [edge_budget(graph, None, f) for f in fractions]
-    judged = [values.faithfulness(i) for values in found for i in range(len(masks))]
+    judged = [values.faithfulness(i) for values, i in found]
     table = pl.DataFrame(
         {
-            "fraction": shares * len(found),
-            "edges": kept * len(found),
-            "asked": asked * len(found),
+            "fraction": shares * len(names),
+            "edges": kept * len(names),
+            "asked": asked * len(names),
             "faithfulness": [f for f, _, _ in judged],
             "lo": [low for _, low, _ in judged],
             "hi": [high for _, _, high in judged],
             "metric": [metric] * len(judged),
-            "value": [value for values in found for value in values.circuits.mean(dim=1).tolist()],
+            "value": [float(values.circuits[i].mean()) for values, i in found],
             "ablation": [name for name in names for _ in masks],
-            "empty": [float(values.empty.mean()) for values in found for _ in masks],
+            "empty": [float(values.empty.mean()) for values, _ in found],
         }
     )
-    last = [judged[(number + 1) * len(masks) - 1] for number in range(len(found))]
+    last = [judged[(number + 1) * len(masks) - 1] for number in range(len(names))]
     by_ablation = {
         name: {"faithfulness": f, "lo": low, "hi": high} for name, (f, low, high) in zip(names, last, strict=True)
     }
@@ -253,7 +262,7 @@ def _judge(
         "lo": low,
         "hi": high,
         "metric": metric,
-        "circuit": float(first.circuits[-1].mean()),
+        "circuit": float(first.circuits[last_of_first].mean()),
         "full": float(first.clean.mean()),
         "corrupt": float(first.corrupt.mean()),
         "n": len(first.rows),
@@ -264,8 +273,8 @@ def _judge(
     return FaithfulnessResult(
         tables={"curve": table},
         tensors={
-            "values": torch.cat([values.circuits for values in found]),
-            "empty": torch.stack([values.empty for values in found for _ in masks]),
+            "values": torch.stack([values.circuits[i] for values, i in found]),
+            "empty": torch.stack([values.empty for values, _ in found]),
             "clean": first.clean,
             "corrupt": first.corrupt,
         },
@@ -273,6 +282,18 @@ def _judge(
         config={"metric": metric, "what": what, "ablation": [one.to_config() for one in ablations]},
         provenance=Provenance.collect(model, behavior, seconds=time.monotonic() - started),
     )
+
+
+def learned(ablation: Ablation, model: "Model", behavior: "Behavior", graph: Graph, mask: Tensor) -> Ablation:
+    """The ablation itself, or, of "optimal" without constants, with those learned for this circuit on the train pairs
+    (all of them where there is no split).
+    """
+    if not ablation.learns:
+        return ablation
+    from headwater.localize.optimal_ablation import optimal_ablation
+
+    own = Circuit.build(graph, mask if mask.ndim == 2 else mask.any(dim=-1), model=model)
+    return optimal_ablation(model, behavior, circuit=own).ablation
 
 
 def minimality(
@@ -289,7 +310,8 @@ def minimality(
     used = model or circuit.model
     left_out = list(nodes) if nodes is not None else [n for n in circuit.nodes if n not in ("input", "logits")]
     masks = [circuit.mask, *(circuit.without(node).mask for node in left_out)]
-    values = evaluate_masks(used, behavior, masks, metric=metric, label="minimality", ablation=ablation)
+    own = learned(as_ablation(ablation), used, behavior, circuit.graph, circuit.mask)
+    values = evaluate_masks(used, behavior, masks, metric=metric, label="minimality", ablation=own)
     whole = values.clean - values.empty
     drops = [ratio(values.circuits[0] - values.circuits[i + 1], whole) for i in range(len(left_out))]
     table = pl.DataFrame(
@@ -339,7 +361,8 @@ def null(
         (kind, mask) for kind in kinds for mask in random_circuits(circuit.graph, circuit.mask, n, kind=kind, seed=seed)
     ]
     masks = [circuit.mask, *(mask for _, mask in drawn)]
-    values = evaluate_masks(used, behavior, masks, metric=metric, label="null", ablation=ablation)
+    own = learned(as_ablation(ablation), used, behavior, circuit.graph, circuit.mask)
+    values = evaluate_masks(used, behavior, masks, metric=metric, label="null", ablation=own)
     whole = float((values.clean - values.empty).mean())
     found = [float((row - values.empty).mean()) / whole for row in values.circuits]
     observed, draws = found[0], found[1:]

@@ -492,6 +492,38 @@ def mib_track() -> Result:
     return result("mib_track", {"track": rows})
 
 
+def path_patching(seed: int = 8) -> Result:
+    rng = random.Random(seed)
+    edges = [(f"a{layer}.h{h}", f"a3.h{q}<q>") for layer in range(3) for h in range(4) for q in range(4)]
+    effects = [rng.gauss(0, 0.1) for _ in edges]
+    table = {
+        "source": [source for source, _ in edges],
+        "target": [target for _, target in edges],
+        "effect": effects,
+        "lo": [value - 0.05 for value in effects],
+        "hi": [value + 0.05 for value in effects],
+        "n": [20] * len(edges),
+    }
+    return result("path_patching", {"effects": table}, {"metric": "logit_diff"})
+
+
+def causal_trace(seed: int = 9) -> Result:
+    rng = random.Random(seed)
+    groups = ("first subject", "middle subject", "last subject", "first after", "further", "last")
+    cells = [(kind, group, layer) for kind in ("resid_post", "mlp_out") for group in groups for layer in range(5)]
+    effects = [rng.uniform(0, 0.4) for _ in cells]
+    table = {
+        "kind": [kind for kind, _, _ in cells],
+        "group": [group for _, group, _ in cells],
+        "layer": [layer for _, _, layer in cells],
+        "effect": effects,
+        "lo": [value - 0.05 for value in effects],
+        "hi": [value + 0.05 for value in effects],
+        "n": [20] * len(cells),
+    }
+    return result("causal_trace", {"effects": table}, {"metric": "prob"})
+
+
 def discovery() -> Result:
     """Two methods on ever more pairs, and random."""
     rows = [
@@ -507,6 +539,30 @@ def discovery() -> Result:
     return result("discovery", {"curve": rows}, {"fraction": 0.05})
 
 
+def node_map(kind: str) -> Result:
+    """A search method's scores of nodes."""
+    rng = random.Random(5)
+    rows = [
+        {"node": f"a{layer}.h{head}", "layer": layer, "score": rng.gauss(0, 1)}
+        for layer in range(N_LAYERS)
+        for head in range(N_HEADS)
+    ]
+    return result(kind, {"nodes": rows}, {"method": kind})
+
+
+def attention_tracing() -> Result:
+    rng = random.Random(6)
+    rows = [
+        {
+            "layer": layer, "head": 3, "query_role": "END", "source_role": HOSTILE if layer == 4 else "S2",
+            "n": 12, "share": 0.5, "attention": 0.4, "weight": 0.2, "effect": rng.gauss(0.1, 0.1), "lo": -0.1,
+            "hi": 0.4, "control": 0.01, "p": 0.03,
+        }
+        for layer in range(12)
+    ]  # fmt: skip
+    return result("attention_tracing", {"steps": rows}, {"method": "attention_tracing"})
+
+
 MAKERS = {
     "behavior_report": ("behavior", behavior_report),
     "patching": ("localize", patching),
@@ -515,6 +571,8 @@ MAKERS = {
     "faithfulness": ("circuit", faithfulness),
     "null": ("circuit", null),
     "search": ("circuit", search),
+    "path_patching": ("localize", path_patching),
+    "causal_trace": ("localize", causal_trace),
     "incompleteness": ("circuit", incompleteness),
     "optimal_ablation": ("circuit", optimal_ablation),
     "heads": ("heads", heads),
@@ -531,6 +589,10 @@ MAKERS = {
     "subspace": ("localize", subspace),
     "mib_track": ("circuit", mib_track),
     "discovery": ("circuit", discovery),
+    "flow_routes": ("localize", lambda: node_map("flow_routes")),
+    "cdt": ("localize", lambda: node_map("cdt")),
+    "head_codes": ("localize", lambda: node_map("head_codes")),
+    "attention_tracing": ("localize", attention_tracing),
 }
 
 

@@ -30,6 +30,14 @@ _NAMES = {
     "IncompletenessResult": "completeness",
     "optimal_ablation": "optimal_ablation",
     "OptimalAblationResult": "optimal_ablation",
+    "flow_routes": "flow",
+    "cdt": "decomposition",
+    "head_codes": "codes",
+    "attention_tracing": "tracing",
+    "FlowRoutesResult": "flow",
+    "CdtResult": "decomposition",
+    "HeadCodesResult": "codes",
+    "TracingResult": "tracing",
     "methods": "catalog",
     "Plan": "planning",
     "plan": "planning",
@@ -62,11 +70,14 @@ __all__ = [
     "Ablation",
     "AttributionResult",
     "CausalTraceResult",
+    "CdtResult",
     "Circuit",
     "ComparisonResult",
     "DiscoveryResult",
     "FaithfulnessResult",
+    "FlowRoutesResult",
     "Graph",
+    "HeadCodesResult",
     "HeadGroupsResult",
     "IncompletenessResult",
     "InterferenceResult",
@@ -80,12 +91,15 @@ __all__ = [
     "ReuseResult",
     "SearchResult",
     "SubspaceResult",
+    "TracingResult",
     "acdc",
     "areas",
     "atp",
     "atp_star",
+    "attention_tracing",
     "auroc",
     "causal_trace",
+    "cdt",
     "compare",
     "discovery_curve",
     "eap",
@@ -93,10 +107,12 @@ __all__ = [
     "eap_ig",
     "eap_ig_activations",
     "edge_pruning",
+    "flow_routes",
     "grad_drop",
     "graph_of",
     "greedy",
     "group_tests",
+    "head_codes",
     "interference",
     "methods",
     "mib_track",
@@ -132,12 +148,15 @@ if TYPE_CHECKING:
     from headwater.localize.circuit import Circuit
     from headwater.localize.circuit_track import MibTrackResult, auroc, mib_track
     from headwater.localize.clean_corrupted import eap_clean_corrupted
+    from headwater.localize.codes import HeadCodesResult, head_codes
     from headwater.localize.comparing import ComparisonResult, compare
     from headwater.localize.completeness import IncompletenessResult
+    from headwater.localize.decomposition import CdtResult, cdt
     from headwater.localize.discovery import DiscoveryResult, discovery_curve
     from headwater.localize.dropping import grad_drop
     from headwater.localize.edge_pruning import edge_pruning, node_pruning
     from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
+    from headwater.localize.flow import FlowRoutesResult, flow_routes
     from headwater.localize.graph import Graph
     from headwater.localize.ig_activations import eap_ig_activations
     from headwater.localize.interfering import InterferenceResult, interference
@@ -153,4 +172,5 @@ if TYPE_CHECKING:
     from headwater.localize.search_greedy import greedy
     from headwater.localize.star import atp_star
     from headwater.localize.subspace import SubspaceResult, subspace_check
+    from headwater.localize.tracing import TracingResult, attention_tracing
     from headwater.localize.wiring import graph_of

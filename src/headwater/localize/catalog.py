@@ -19,8 +19,11 @@ _OWN = (
     "attribution",
     "causal_tracing",
     "clean_corrupted",
+    "codes",
+    "decomposition",
     "dropping",
     "edge_pruning",
+    "flow",
     "ig_activations",
     "interfering",
     "node_integrals",
@@ -31,6 +34,7 @@ _OWN = (
     "search_greedy",
     "star",
     "subspace",
+    "tracing",
 )
 C = TypeVar("C")
 _SENTENCE = re.compile(r"(?<=[a-z0-9)`])\. (?=[A-Z`])")

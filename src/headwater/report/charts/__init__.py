@@ -11,6 +11,7 @@ from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
 from headwater.report.charts.scores import attribution, strongest_nodes
 from headwater.report.charts.searches import incompleteness, optimal_ablation, search
+from headwater.report.charts.tracings import attention_tracing, cdt, flow_routes, head_codes
 from headwater.report.charts.truth import compression, interchange, mechanism
 from headwater.report.charts.verdicts import discovery, interference, mib_track, subspace
 from headwater.report.drawing import draw
@@ -43,6 +44,10 @@ KINDS = (
     "subspace",
     "mib_track",
     "discovery",
+    "flow_routes",
+    "cdt",
+    "head_codes",
+    "attention_tracing",
 )
 
 
@@ -61,10 +66,12 @@ def as_svg(result: Any, *, name: str = "chart") -> str:
 __all__ = [
     "KINDS",
     "as_svg",
+    "attention_tracing",
     "attribution",
     "behavior_report",
     "canary",
     "causal_trace",
+    "cdt",
     "circuit",
     "claim_rates",
     "comparison",
@@ -72,6 +79,8 @@ __all__ = [
     "discovery",
     "effect",
     "faithfulness",
+    "flow_routes",
+    "head_codes",
     "head_groups",
     "heads",
     "incompleteness",

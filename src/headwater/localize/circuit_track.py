@@ -122,7 +122,7 @@ def mib_track(
             shape = graph.allowed.shape if level == "edge" else (len(graph.sources),)
             drawn = torch.rand(shape, generator=generator, dtype=torch.float64)
             found[f"{RANDOM} {draw}"] = drawn, {"seconds": 0.0, "forward": 0.0, "backward": 0.0}
-        cells = [(name, rank) for name in found for rank in ranks]
+        cells: list[tuple[str, Rank]] = [(name, rank) for name in found for rank in ranks]
         masks = [
             budget(graph, found[name][0], fraction, level=level, rank=rank)
             for name, rank in cells

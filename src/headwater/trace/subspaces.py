@@ -2,7 +2,7 @@
 nothing.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -31,9 +31,10 @@ def subspace_carries(
             "a claim is about a subspace that is not stored", got=subspace, wanted=", ".join(named) or "none"
         )
     directions = None if subspace is None else torch.as_tensor(named[subspace])
-    found = subspace_check(
+    made = subspace_check(
         model, behavior, site=site, directions=directions, metric=metric, n_test=n, seed=seed, draws=0
     )
+    found = cast(SubspaceResult, made)
     stored: Any = (context.get("subspace_checks") or {}).get(subspace or site)
     checked = stored if isinstance(stored, SubspaceResult) and _same(stored, found) else None
     verdict = checked.verdict if checked is not None else None

@@ -296,3 +296,38 @@ def test_what_makes_no_sense_is_refused(tiny_model: Any) -> None:
     assert hw.localize.grad_drop(tiny_model, ioi).facts["method"] == "grad_drop"
     with pytest.raises(MethodError, match="unknown option"):
         hw.localize.grad_drop(tiny_model, ioi, verify=3)
+
+
+def test_heads_and_mlps_are_scored_as_by_atp(tiny_model64: Any) -> None:
+    ioi = hw.behavior("ioi", n=12, seed=0)
+    star = hw.localize.atp_star(tiny_model64, ioi, verify=0, subsets=0)
+    scores = dict(zip(star.tables["nodes"]["node"], star.tables["nodes"]["estimate"], strict=True))
+    for row in hw.localize.atp(tiny_model64, ioi).to_frame().iter_rows(named=True):
+        assert scores[row["node"]] == pytest.approx(row["score"], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2"])
+def test_pairs_that_share_all_but_their_last_token(name: str) -> None:
+    """One position is run: the scores are those of whole runs."""
+    from headwater.localize.edges import EdgeScorer
+    from headwater.localize.ig_activations import score_batch
+    from headwater.localize.layer_paths import WriteScorer
+
+    engine, scored = Engine(make(name)), Scored.named("logit_diff")
+    found = []
+    for reuse in (True, False):
+        (batch,) = make_batches(bound(pairs(3, 6, 5)), 1000, reuse_prefix=reuse)
+        assert batch.suffix == (1 if reuse else 6)
+        edges = EdgeScorer(engine, scored)
+        edges.add(batch, [(0.0, 0.5), (1.0, 0.5)])
+        score_batch(edges, batch, [(0.5, 0.5), (1.0, 0.5)], "all")
+        score_batch(edges, batch, [(0.5, 0.5), (1.0, 0.5)], "own")
+        writes = WriteScorer(engine, scored).scores(batch, [(0.5, 0.5), (1.0, 0.5)]).sum(dim=2)
+        scorer = AttentionNodes(engine, scored)
+        _, scores, sizes, _, _ = scorer.scores(batch, drop=True)
+        everything = torch.ones(len(scorer.names), 1, dtype=torch.bool)
+        _, patched = scorer.patched(batch, ["all"], [everything])
+        found.append((edges.total, writes, scores[:, 0], sizes[:, 0], patched))
+    near = 1e-6 if name == "gemma2" else 1e-9
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=near * float(other.abs().max()))

@@ -214,7 +214,7 @@ def _verify(
     if best:
         rows = []
         for item, own in zip(best, fall, strict=False):
-            effect, lo, hi = interval(own)
+            effect, lo, hi = interval(own.numpy())
             rows.append(
                 row(
                     item,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError
 from headwater.core.model import Model
@@ -16,6 +17,7 @@ from headwater.localize.positions import position_index, prune_positions, top_po
 from headwater.localize.selection import prune
 from localize_ablated import plain_ablated, plain_reference
 from localize_families import LAYERS, LAYOUTS, H, K, Plain, bound, make, pairs
+from tiny import tiny_llama, tiny_tokenizer
 
 
 def evaluated(model: Model, group: Any, masks: list[Tensor], ablation: Ablation, positions: Any = None) -> Any:
@@ -179,6 +181,35 @@ def test_the_best_edges_at_positions_are_taken_and_connected() -> None:
     kept = top_positions(graph, scores, edges=4)
     assert sorted(map(tuple, kept.nonzero().tolist())) == sorted([(i, graph.reader("a0.h1<k>"), 0), (a, out, 1)])
     assert int(top_positions(graph, scores, edges=3, rank="signed", pruned=False)[a, out].sum()) == 0
+
+
+@pytest.mark.parametrize("positions", ["named", "each"])
+def test_scores_by_position_give_a_circuit_by_position(positions: str) -> None:
+    model = Model(tiny_llama(torch.float64, num_hidden_layers=2), tiny_tokenizer())
+    ioi = hw.behavior("ioi", n=8, seed=0)
+    scores = hw.localize.eap(model, ioi, positions=positions)
+    circuit = scores.circuit(edges=60, positions=True)
+    assert circuit.positions == scores.facts["positions"]
+    assert 0 < circuit.facts["n_position_edges"] <= 60
+    assert len(circuit.tables["positions"]) == circuit.facts["n_position_edges"]
+    free = scores.circuit(edges=60)
+    found = [one.faithfulness(ioi.train).value for one in (circuit, free)]
+    assert found[0] != found[1]
+    whole = scores.circuit(edges=scores.graph.n_edges * len(circuit.positions), positions=True, pruned=False)
+    assert whole.faithfulness(ioi.train).value == pytest.approx(1.0, abs=1e-9)
+    assert whole.completeness(ioi.train).value == pytest.approx(0.0, abs=1e-9)
+    drops = circuit.minimality(ioi.train, nodes=["m1"]).tables["nodes"]
+    mask = circuit.position_mask.clone()
+    mask[circuit.graph.source("m1")] = False
+    less = hw.Circuit.build(circuit.graph, mask, positions=circuit.positions, model=model)
+    assert drops["faithfulness"][0] == pytest.approx(less.faithfulness(ioi.train).value, abs=1e-9)
+    for refused in (circuit.complement, lambda: circuit.null(ioi.train, n=1), lambda: circuit.without("m1")):
+        with pytest.raises(MethodError, match="by position"):
+            refused()
+    with pytest.raises(MethodError, match="by position"):
+        hw.localize.eap(model, ioi).circuit(edges=10, positions=True)
+    with pytest.raises(MethodError, match="best of them all"):
+        scores.circuit(threshold=0.1, positions=True)
 
 
 def test_ablations_are_named_and_checked() -> None:

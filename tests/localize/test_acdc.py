@@ -108,6 +108,23 @@ def test_a_sweep_is_kept_and_cut(tmp_path: Path) -> None:
             acdc(model, ioi, **wrong)  # type: ignore[arg-type]
 
 
+def test_its_plan_counts_a_trial_an_edge() -> None:
+    model = Model(tiny_llama(num_hidden_layers=2), tiny_tokenizer())
+    ioi = hw.behavior("ioi", n=8, seed=0)
+    graph = hw.localize.graph_of(model)
+    plan = hw.localize.plan("acdc", model, ioi, thresholds=(0.1, 0.01))
+    n = ioi.train.bind(model).n
+    assert plan.n == n
+    assert plan.floor.passes % (2 + 2 * graph.n_edges) == 0
+    assert plan.total.attention < plan.floor.attention
+    # trials at the logits run no layer at all, those at layer 1 half of them
+    by_name = {step.name: step for step in plan.steps}
+    assert by_name["trials from layer 2 on"].attention == 0
+    later, first = (by_name[f"trials from layer {i} on"] for i in (1, 0))
+    assert later.attention / later.positions == 1
+    assert first.attention / first.positions == 2
+
+
 # --- published findings
 
 

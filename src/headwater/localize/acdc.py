@@ -14,8 +14,9 @@ from headwater.localize.ablation import Ablation, AblationKind
 from headwater.localize.attribution import configured
 from headwater.localize.catalog import methods
 from headwater.localize.graph import Graph
-from headwater.localize.passes import for_discovery
-from headwater.localize.search import SearchResult, Trials, Unit, search_result
+from headwater.localize.passes import Engine, for_discovery
+from headwater.localize.planning import Plan, Tally, plans
+from headwater.localize.search import SearchResult, Trials, Unit, search_result, trial_batches
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
@@ -94,6 +95,35 @@ def pruned(
             continue
         mask, value = _try_all(trials, mask, value, cuts, start, threshold, side_by_side)
     return mask, value
+
+
+@plans.register("acdc")
+def _plan(model: "Model", behavior: "Behavior", *, config: AcdcConfig | None = None, **options: Any) -> Plan:
+    from headwater.localize.planners import words_read
+
+    used = configured(AcdcConfig, config, options)
+    engine, tally = Engine(model), Tally(model, used.memory_mb)
+    graph, bound = engine.wiring.graph, for_discovery(behavior).bind(model)
+    groups = list(_edge_groups(graph) if used.unit == "edge" else _node_groups(graph))
+    times = len(set(used.thresholds))
+    for batch in trial_batches(model, graph, bound, used.metric, used.memory_mb)[0]:
+        n, last = len(batch) * batch.suffix, graph.n_layers
+        words = words_read(model, [used.metric], batch)
+        same: dict[str, Any] = {"rows": len(batch), "positions": batch.suffix, "words": words}
+        for name in ("prompts", "counterfactuals", "the whole graph"):
+            tally.forward(name, **same)
+        for start, cuts, _ in groups:
+            for _ in range(times * len(cuts)):
+                tally.forward(
+                    f"trials from layer {start} on", **same, attention=n * (last - start), mlp=n * (last - start)
+                )
+        whole = {"rows": len(batch), "positions": batch.suffix}
+        tally.floor(**whole, forwards=2 + times * sum(len(cuts) for _, cuts, _ in groups))
+    note = (
+        "A trial an edge: readers whose node feeds nothing any more need none; guesses that fail are run again. "
+        "Trials side by side are counted one by one."
+    )
+    return tally.plan("acdc", n=bound.n, note=note)
 
 
 Cut = tuple[int, int | None]

@@ -29,6 +29,7 @@ from headwater.localize.passes import (
     tokens_at_once,
 )
 from headwater.localize.places import Positions, check_positions, in_order
+from headwater.localize.positions import top_positions
 from headwater.localize.selection import How, Rank, select
 from headwater.localize.writes import Against, check_against, fixed_values
 
@@ -116,12 +117,18 @@ class AttributionResult(Result):
         rank: Rank = "abs",
         how: How = "topn",
         pruned: bool = True,
+        positions: bool = False,
     ) -> Circuit:
         """The circuit of the best edges, without dangling parts (so it may have fewer than asked for).
 
         edges, fraction or threshold: its size. rank: by |score| ("abs") or score ("signed"); the two differ much. how:
         the best edges anywhere ("topn"), or grown from the logits ("greedy").
+
+        positions: each edge at each position by itself, where scores were asked for by position: as many edges at
+        positions as were asked for.
         """
+        if positions:
+            return self._by_position(edges, fraction, threshold, rank, how, pruned)
         mask = select(
             self.graph,
             self.scores,
@@ -144,6 +151,27 @@ class AttributionResult(Result):
             self.graph,
             mask,
             self.scores,
+            model=self._model,
+            method=str(self.facts["method"]),
+            config={**self.config, **asked},
+            provenance=self.provenance,
+        )
+
+    def _by_position(
+        self, edges: int | None, fraction: float | None, threshold: float | None, rank: Rank, how: How, pruned: bool
+    ) -> Circuit:
+        if "position_scores" not in self.tensors:
+            raise MethodError("these scores are not by position", fix='Score with positions="named" or "each"')
+        if threshold is not None or how != "topn":
+            raise MethodError("edges at positions are the best of them all", got=how, wanted="edges or fraction")
+        found = self.tensors["position_scores"]
+        mask = top_positions(self.graph, found, edges=edges, fraction=fraction, rank=rank, pruned=pruned)
+        asked = {"edges": edges, "fraction": fraction, "rank": rank, "pruned": pruned, "positions": True}
+        return Circuit.build(
+            self.graph,
+            mask,
+            self.scores,
+            positions=self.facts["positions"],
             model=self._model,
             method=str(self.facts["method"]),
             config={**self.config, **asked},

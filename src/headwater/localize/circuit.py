@@ -176,13 +176,18 @@ class Circuit(Result):
         return self
 
     def complement(self) -> "Circuit":
-        """Every edge that it lacks."""
+        """Every edge that it lacks. Raises MethodError for a circuit by position."""
+        self._at_all_positions("complement")
         return Circuit.build(
             self.graph, self.graph.allowed & ~self.mask, self.scores, model=self._model, method="complement"
         )
 
     def without(self, *nodes: str) -> "Circuit":
-        """The circuit without these nodes, and without what only they connected (which has no effect any more)."""
+        """The circuit without these nodes, and without what only they connected (which has no effect any more).
+
+        Raises MethodError for a circuit by position.
+        """
+        self._at_all_positions("without")
         graph = self.graph
         gone = torch.zeros(len(graph.sources), dtype=torch.bool)
         for name in nodes:
@@ -197,6 +202,10 @@ class Circuit(Result):
         scores = self._ranking()
         mask = select(self.graph, scores, edges=edges, fraction=fraction, rank=rank, how=how)
         return Circuit.build(self.graph, mask, scores, model=self._model, method=str(self.facts["method"]))
+
+    def _at_all_positions(self, what: str) -> None:
+        if self.positions is not None:
+            raise MethodError(f"{what} takes edges that count at all positions", got="a circuit by position")
 
     def _ranking(self) -> Tensor:
         if self.scores is None:

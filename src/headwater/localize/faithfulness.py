@@ -309,9 +309,16 @@ def minimality(
     started = time.monotonic()
     used = model or circuit.model
     left_out = list(nodes) if nodes is not None else [n for n in circuit.nodes if n not in ("input", "logits")]
-    masks = [circuit.mask, *(circuit.without(node).mask for node in left_out)]
+    if circuit.positions is None:
+        masks = [circuit.mask, *(circuit.without(node).mask for node in left_out)]
+    else:
+        masks = [circuit.position_mask, *(circuit.position_mask.clone() for _ in left_out)]
+        for mask, node in zip(masks[1:], left_out, strict=True):
+            mask[circuit.graph.source(node)] = False
     own = learned(as_ablation(ablation), used, behavior, circuit.graph, circuit.mask)
-    values = evaluate_masks(used, behavior, masks, metric=metric, label="minimality", ablation=own)
+    values = evaluate_masks(
+        used, behavior, masks, metric=metric, label="minimality", ablation=own, positions=circuit.positions
+    )
     whole = values.clean - values.empty
     drops = [ratio(values.circuits[0] - values.circuits[i + 1], whole) for i in range(len(left_out))]
     table = pl.DataFrame(
@@ -355,6 +362,8 @@ def null(
     """See `Circuit.null`."""
     started = time.monotonic()
     used, kinds = model or circuit.model, list(kinds)
+    if circuit.positions is not None:
+        raise MethodError("random circuits have their edges at all positions", got="a circuit by position")
     if n < 1 or not kinds:
         raise MethodError("a null needs draws", got=f"n={n}, kinds={kinds}", wanted="n of at least 1 and a kind")
     drawn = [

@@ -98,13 +98,7 @@ class Trials:
         self.engine, self.scored, self.ablation = Engine(model), Scored.named(metric), as_ablation(ablation)
         self.graph = self.engine.wiring.graph
         self.lower_is_better = metric in LOWER_IS_BETTER
-        floats = self.graph.d_model * (len(self.graph.sources) + 2 * self.graph.per_layer + 16 * self.graph.n_layers)
-        if metric != "logit_diff":
-            floats += model.d_vocab // 4  # every token of the vocabulary is unembedded, once a prompt
-        self.at_once = tokens_at_once(model, floats, memory_mb)
-        longest = max((group.clean.shape[1] for group in bound.groups), default=1)
-        size = self.at_once if pairs is None else min(self.at_once, pairs * longest)
-        self.batches: list[Batch] = make_batches(bound, size, reuse_prefix=False)
+        self.batches, self.at_once = trial_batches(model, self.graph, bound, metric, memory_mb, pairs=pairs)
         self.n = sum(len(batch) for batch in self.batches)
         self.forward = 0.0
         """Passes spent, in forwards of one pair through the whole model."""
@@ -175,6 +169,19 @@ class Trials:
                         found[at + i] += self.scored(read, own, self.clean[number]).double().sum().cpu()
         self.forward += len(used) * self.n * (self.graph.n_layers - start) / self.graph.n_layers
         return (found / self.n).tolist()
+
+
+def trial_batches(
+    model: "Model", graph: Graph, bound: "Bound", metric: str, memory_mb: float | None, *, pairs: int | None = None
+) -> tuple[list[Batch], int]:
+    """(batches of pairs, positions that may be run at once, copies of them side by side included)."""
+    floats = graph.d_model * (len(graph.sources) + 2 * graph.per_layer + 16 * graph.n_layers)
+    if metric != "logit_diff":
+        floats += model.d_vocab // 4  # every token of the vocabulary is unembedded, once a prompt
+    at_once = tokens_at_once(model, floats, memory_mb)
+    longest = max((group.clean.shape[1] for group in bound.groups), default=1)
+    size = at_once if pairs is None else min(at_once, pairs * longest)
+    return make_batches(bound, size, reuse_prefix=False), at_once
 
 
 def reached(graph: Graph, mask: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ _NAMES = {
     "Registry": "generators",
     "metric": "metrics",
     "metrics_known": "metrics",
+    "known_facts": "known",
 }
 # Modules named after their main function; each may also be called, so `hw.behavior.evaluate(model, ioi)` reads as it
 # should.

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from headwater.bench.rasp.compiler import CompileConfig, Compiled, all_inputs, c
 from headwater.bench.rasp.language import RaspError, SOp
 from headwater.bench.rasp.library import Program, programs
 from headwater.bench.rasp.words import word
-from headwater.core.errors import BehaviorError
+from headwater.core.errors import BehaviorError, MethodError, did_you_mean
 from headwater.core.results import load_result
 
 _TRIES = 400  # draws a pair
@@ -44,15 +44,17 @@ def compile(
     if isinstance(program, str):
         known = programs.get(program)
         options = {"causal": known.causal, **options} if config is None else options
+    names_known = [field.name for field in fields(CompileConfig)]
+    for option in options:
+        if option not in names_known:
+            raise MethodError("unknown option of compile", got=repr(option), wanted=did_you_mean(option, names_known))
     chosen = fitted(CompileConfig, options) if config is None else replace(config, **options)
     if known is not None:
         tokens = known.vocabulary if vocabulary is None else vocabulary
         return compile_program(known.make(), tokens, name=name or known.name, config=chosen)
-    if not isinstance(program, SOp):
-        raise RaspError("this is no program", got=type(program).__name__, wanted="a name, or a RASP expression")
     if vocabulary is None:
         raise RaspError("a program of your own needs a vocabulary", fix="Pass the tokens that inputs are made of")
-    return compile_program(program, vocabulary, name=name or program.label or "program", config=chosen)
+    return compile_program(program, vocabulary, name=name or getattr(program, "label", "") or "program", config=chosen)
 
 
 def load(folder: str | Path) -> tuple[Any, TrueMechanism]:

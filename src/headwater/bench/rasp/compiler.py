@@ -153,6 +153,9 @@ def compile_program(
 
     config = config or CompileConfig()
     tokens = ordered(vocabulary)
+    if not isinstance(program, SOp):
+        wanted = "a sequence operation, such as Aggregate(selector, tokens)"
+        raise RaspError("a program gives a value at each position", got=type(program).__name__, wanted=wanted)
     if not tokens:
         raise RaspError("a program needs a vocabulary", wanted="at least one token")
     bases = infer_bases(program, tokens, config.max_length)

@@ -7,7 +7,7 @@ every K; a circuit that lacks a backup of what K does falls further than the mod
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
 import torch
@@ -116,12 +116,12 @@ def _judged(
     subsets: Sequence[tuple[str, list[int]]],
     metric: str,
     ablation: AblationLike,
-) -> list[dict[str, object]]:
+) -> list[dict[str, Any]]:
     graph = circuit.graph
     masks = [without(graph, whole, left_out) for _, left_out in subsets for whole in (circuit.mask, graph.allowed)]
     values: Values = evaluate_masks(model, behavior, masks, metric=metric, label="incompleteness", ablation=ablation)
     scale = float((values.clean - values.empty).mean())
-    rows: list[dict[str, object]] = []
+    rows: list[dict[str, Any]] = []
     for number, (kind, left_out) in enumerate(subsets):
         ours, theirs = (float(values.circuits[2 * number + i].mean()) for i in range(2))
         empty = float(values.empty.mean())

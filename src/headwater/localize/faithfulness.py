@@ -293,7 +293,7 @@ def learned(ablation: Ablation, model: "Model", behavior: "Behavior", graph: Gra
     from headwater.localize.optimal_ablation import optimal_ablation
 
     own = Circuit.build(graph, mask if mask.ndim == 2 else mask.any(dim=-1), model=model)
-    return optimal_ablation(model, behavior, circuit=own).ablation
+    return as_ablation(optimal_ablation(model, behavior, circuit=own))
 
 
 def minimality(

@@ -152,7 +152,7 @@ def linear_model(*, biased: bool) -> Model:
         initializer_range=0.2, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
-    hf = GPT2LMHeadModel(config).double().eval()
+    hf: Any = GPT2LMHeadModel(config).double().eval()
     for block in hf.transformer.h:
         block.attn.c_attn.weight.data[:, :64] = 0
     for weight in hf.parameters():
@@ -241,7 +241,7 @@ def test_hops_go_backwards_from_the_logits() -> None:
 
 
 def test_as_users_call_it(tiny_model: Any, ioi: Any, tmp_path: Path) -> None:
-    result = hw.localize.methods.get("cdt")(tiny_model, ioi)
+    result: Any = hw.localize.methods.get("cdt")(tiny_model, ioi)
     assert result.facts["n"] == ioi.train.n
     assert result.facts["passes"]["backward"] == 0.0
     # mean and prompt forwards, the input's way, and 4 heads and 1 MLP a layer through the layers above
@@ -252,9 +252,9 @@ def test_as_users_call_it(tiny_model: Any, ioi: Any, tmp_path: Path) -> None:
     assert built.faithfulness(ioi.test[:3]).facts["n"] == 3
     assert result.circuit(edges=40).n_edges > 0
     result.save(tmp_path / "r")
-    back = hw.load_result(tmp_path / "r", check=True)
+    back: Any = hw.load_result(tmp_path / "r", check=True)
     assert back.content_hash == cdt(tiny_model, ioi).content_hash
-    small = cdt(tiny_model, ioi, memory_mb=0.01)
+    small: Any = cdt(tiny_model, ioi, memory_mb=0.01)
     torch.testing.assert_close(small.tensors["relevance"], result.tensors["relevance"], rtol=1e-3, atol=1e-5)
     assert back.chart().to_dict()
 

@@ -171,7 +171,7 @@ def test_flow_is_kept(name: str, reads: Any) -> None:
 
 
 def test_routes_are_what_is_reached_above_the_threshold(tiny_model: Any, ioi: Any) -> None:
-    result = flow_routes(tiny_model, ioi, threshold=0.05)
+    result: Any = flow_routes(tiny_model, ioi, threshold=0.05)
     routes = result.tables["routes"]
     assert routes["importance"].min() > 0.05
     assert set(routes["part"]) <= {"head", "mlp", "residual", "residual_mlp"}
@@ -196,12 +196,12 @@ def test_routes_are_what_is_reached_above_the_threshold(tiny_model: Any, ioi: An
 
 
 def test_scores_serve_as_any_other(tiny_model: Any, ioi: Any, tmp_path: Path) -> None:
-    result = hw.localize.methods.get("flow_routes")(tiny_model, ioi)
+    result: Any = hw.localize.methods.get("flow_routes")(tiny_model, ioi)
     assert result.facts["passes"] == {"forward": float(ioi.train.n), "backward": 0.0}
     assert result.circuit(edges=40).faithfulness(ioi.test[:3]).facts["n"] == 3
     assert "cmd" in result.curve(ioi.test[:3], fractions=(0.1, 0.5)).facts
     result.save(tmp_path / "r")
-    back = hw.load_result(tmp_path / "r", check=True)
+    back: Any = hw.load_result(tmp_path / "r", check=True)
     assert back.content_hash == flow_routes(tiny_model, ioi).content_hash
     assert back.chart().to_dict()
 

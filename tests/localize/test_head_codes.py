@@ -33,7 +33,7 @@ def planted_model(tokenizer: Any) -> Any:
     """Two layers of heads that average what they read. Planted heads read one word (in layer 0) or what the planted
     heads below wrote (in layer 1) far more strongly than anything else.
     """
-    hf = tiny.tiny_gpt2(n_layer=2, n_head=HEADS, n_embd=WIDTH)
+    hf: Any = tiny.tiny_gpt2(n_layer=2, n_head=HEADS, n_embd=WIDTH)
     k = WIDTH // HEADS
     generator = torch.Generator().manual_seed(3)
     told = torch.randn(WIDTH, generator=generator)
@@ -92,8 +92,8 @@ def model() -> Any:
 
 
 def test_planted_heads_are_found_from_eight_examples(model: Any, tmp_path: Path) -> None:
-    result = head_codes(model, behavior(tmp_path, marked=True))
-    heads = result.tables["heads"]
+    result: Any = head_codes(model, behavior(tmp_path, marked=True))
+    heads: Any = result.tables["heads"]
     truth = [(row["layer"], row["head"]) in PLANTED for row in heads.to_dicts()]
     assert auc(torch.tensor(heads["score"].to_list()), truth) > 0.9
     assert auc(-torch.tensor(heads["p"].to_list()), truth) > 0.9
@@ -116,7 +116,7 @@ def test_where_nothing_sets_them_apart_no_head_stands_out(model: Any, tmp_path: 
     """Over several random behaviors, p is small no oftener than by chance and planted heads rank as any."""
     small, ranks = 0, []
     for seed in range(4):
-        heads = head_codes(model, behavior(tmp_path, marked=False, seed=seed), steps=150).tables["heads"]
+        heads: Any = head_codes(model, behavior(tmp_path, marked=False, seed=seed), steps=150).tables["heads"]
         truth = [(row["layer"], row["head"]) in PLANTED for row in heads.to_dicts()]
         ranks.append(auc(torch.tensor(heads["score"].to_list()), truth))
         small += int((heads["p"] <= 0.05).sum())
@@ -160,7 +160,7 @@ def test_scores_by_hand() -> None:
 
 def test_as_users_call_it(tiny_model: Any, tmp_path: Path) -> None:
     ioi = hw.behavior("ioi", n=24, seed=0)
-    result = hw.localize.methods.get("head_codes")(tiny_model, ioi, steps=20, contrast="pair")
+    result: Any = hw.localize.methods.get("head_codes")(tiny_model, ioi, steps=20, contrast="pair")
     assert result.facts["n"] == 10 and result.facts["passes"] == {"forward": 20.0, "backward": 0.0}
     assert result.tables["heads"].height == tiny_model.n_layers * tiny_model.n_heads
     assert list(result.tensors["codes"].shape) == [20, 1, 12]
@@ -168,7 +168,7 @@ def test_as_users_call_it(tiny_model: Any, tmp_path: Path) -> None:
     assert not bool(result.scores[~graph.allowed].any()) and bool(torch.isfinite(result.scores).all())
     assert result.top(3).height == 3 and result.top(3)["score"].null_count() == 0
     result.save(tmp_path / "r")
-    back = hw.load_result(tmp_path / "r", check=True)
+    back: Any = hw.load_result(tmp_path / "r", check=True)
     assert back.content_hash == head_codes(tiny_model, ioi, steps=20, contrast="pair").content_hash
     assert result.circuit(edges=60).faithfulness(ioi.test[:3]).facts["n"] == 3
     assert back.chart().to_dict()

@@ -39,7 +39,7 @@ def swept(model: Any, group: Any, patches: list[Any], **options: Any) -> dict[An
     engine = Engine(model)
     (batch,) = make_batches(bound(group), 1000)
     batch = options.pop("change", lambda b: b)(batch)
-    settings = {"base_is_clean": False, "reuse": True} | options
+    settings: dict[str, Any] = {"base_is_clean": False, "reuse": True} | options
     with engine.open(), ExitStack() as stack:
         batch = Scored.named("logit_diff").narrowed(stack, engine, batch)
         sweep = Sweep(engine, Scored.named("logit_diff"), batch, **settings)

@@ -137,11 +137,11 @@ def held_streams(
 def test_a_table_of_paths(tiny_model64: Any) -> None:
     ioi = hw.behavior("ioi", n=8, seed=0)
     graph = hw.localize.graph_of(tiny_model64)
-    result = hw.localize.path_patch(tiny_model64, ioi)
+    result: Any = hw.localize.path_patch(tiny_model64, ioi)
     assert result.to_frame().height == graph.n_edges
     exact = result.attribution()
     assert exact.circuit(edges=10).n_edges <= 10
-    approximate = hw.localize.eap(tiny_model64, ioi)
+    approximate: Any = hw.localize.eap(tiny_model64, ioi)
     # the edges into logits differ from their first-order estimate by the norm and the softmax only
     both = torch.stack([exact.scores[graph.allowed], approximate.scores[graph.allowed]])
     assert float(torch.corrcoef(both)[0, 1]) > 0.7
@@ -149,7 +149,7 @@ def test_a_table_of_paths(tiny_model64: Any) -> None:
     assert row["change"] == pytest.approx(-float(exact.scores[graph.edge("m2->logits")]))
     assert row["effect"] == pytest.approx(row["change"] / (result.facts["corrupt"] - result.facts["clean"]))
     assert plan("path_patch", tiny_model64, ioi).counts() == result.facts["ran"]
-    loaded = hw.localize.path_patch(
+    loaded: Any = hw.localize.path_patch(
         tiny_model64, ioi, senders="heads", receivers=["a2.*<q>", "logits"], mlps="recomputed"
     )
     assert loaded.to_frame()["source"].to_list() == [f"a{layer}.h{h}" for layer in range(3) for h in range(4)]

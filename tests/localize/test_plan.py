@@ -47,7 +47,7 @@ def test_attribution_runs_what_its_plan_says(
 def test_evaluation_runs_what_its_plan_says(name: str, request: pytest.FixtureRequest) -> None:
     model = request.getfixturevalue(name)
     ioi = hw.behavior("ioi", n=12, seed=0)
-    scores = hw.localize.eap(model, ioi)
+    scores: Any = hw.localize.eap(model, ioi)
     circuit = scores.circuit(edges=12)
     found = ran(model, lambda: circuit.faithfulness(ioi.test))
     assert planning.plan("faithfulness", model, ioi.test, circuits=circuit).counts() == found
@@ -114,4 +114,4 @@ def test_the_budget_is_bounded_by_what_is_free(tiny_model: Any, monkeypatch: pyt
     monkeypatch.setattr(cost, "free_bytes", lambda _: None)
     assert memory_budget(tiny_model) == 96 * 2**20
     if torch.cuda.is_available():
-        assert free_bytes("cuda") > 0
+        assert (free_bytes("cuda") or 0) > 0

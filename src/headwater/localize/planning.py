@@ -12,7 +12,7 @@ those of the run: `counted` in `cost.py` measures them. Files of methods registe
 """
 
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from headwater.localize.cost import Costs, costs_of, memory_budget
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
     from headwater.core.model import Model
-    from headwater.localize.passes import Batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,8 +261,3 @@ def plan(method: str, model: "Model", behavior: "Behavior", **options: Any) -> P
     (`circuits=[...]`, or `scores=`). Raises MethodError for a method without one.
     """
     return plans.get(method)(model, behavior, **options)
-
-
-def widths(batches: Iterable["Batch"]) -> Iterable[tuple[int, int, int]]:
-    """(pairs, positions after the shared prefix, prefix) of each batch."""
-    return ((len(batch), batch.suffix, batch.prefix) for batch in batches)

@@ -212,6 +212,8 @@ def test_it_is_a_method_by_name_and_refuses_what_it_cannot_read(tiny_model) -> N
         interference(tiny_model, hw.behavior("ioi", n=4), tops=3)
     with pytest.raises(MethodError, match="at least one"):
         InterferenceConfig(draws=0)
+    with pytest.raises(MethodError, match="votes are logits"):
+        interference(tiny_model, hw.behavior("ioi", n=4), metric="kl")
     no_foils = hw.Behavior.from_rows([{"prompt": "The dog", "counterfactual": "The cat", "answer": " is"}] * 1)
     with pytest.raises(MethodError, match="foils"):
         interference(tiny_model, no_foils)

@@ -125,7 +125,7 @@ def mib(
         if task in TASKS and (data is not None or task.startswith(("arithmetic", "arc"))):
             made[task] = track_pairs(mib_task(task, data=data, n=n, seed=seed), loaded)
         else:
-            made[task] = behaviors.make(task, n=n, seed=seed)
+            made[Path(task).stem] = behaviors.make(task, n=n, seed=seed)
     result = mib_track(
         loaded,
         tasks=made,

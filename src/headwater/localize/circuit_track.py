@@ -64,7 +64,7 @@ class MibTrackResult(Result):
         graph = Graph(**self.facts["graph"])
         written = []
         for name, scores in self.tensors.items():
-            task, method = name.split(".", 1)
+            task, method = name.rsplit(".", 1)
             if scores.ndim == 2:
                 written.append(folder / f"{method}_{task}.json")
                 Circuit.build(graph, graph.allowed, scores, method=method).to_json(written[-1])

@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 class InterferenceConfig:
     """How votes are judged and acted on.
 
-    q: false-discovery rate at which a component counts as sound or faulty. top: how many sound and how many faulty
-    components the intervention scales at most. amplify: factors tried for the sound ones (the best on the train pairs
-    is judged on the test pairs). damp: the same for the faulty ones. draws: random sets of components of the same
-    layers and kinds, scaled alike, that the intervention must beat. neurons: how many MLP neurons, those of the largest
-    mean |margin|, are judged too (0: none); they are ranked, not scaled. n_train, n_test: pairs at most.
+    metric: votes are logits, so logit_diff is the only one. q: false-discovery rate at which a component counts as
+    sound or faulty. top: how many sound and how many faulty components the intervention scales at most. amplify:
+    factors tried for the sound ones (the best on the train pairs is judged on the test pairs). damp: the same for the
+    faulty ones. draws: random sets of components of the same layers and kinds, scaled alike, that the intervention must
+    beat. neurons: how many MLP neurons, those of the largest mean |margin|, are judged too (0: none); they are ranked,
+    not scaled. n_train, n_test: pairs at most.
     """
 
     metric: str = "logit_diff"
@@ -55,6 +56,8 @@ class InterferenceConfig:
     memory_mb: float | None = None
 
     def __post_init__(self) -> None:
+        if self.metric != "logit_diff":
+            raise MethodError("votes are logits", got=f"metric={self.metric!r}", wanted="logit_diff")
         if (
             min(self.top, self.draws, self.n_train, self.n_test) < 1
             or self.neurons < 0

@@ -52,6 +52,14 @@ def test_the_matrix_holds_what_each_circuit_says_of_itself(tiny_model64, behavio
     )
 
 
+def test_under_another_ablation_the_empty_circuit_is_the_zero(tiny_model64, behaviors) -> None:
+    one = circuit(tiny_model64, 1)
+    result = reuse({"ioi": one}, {"ioi": behaviors["ioi"]}, draws=1, ablation="zero")
+    expected = one.faithfulness(behaviors["ioi"].test, ablation="zero").value
+    assert result.faithfulness("ioi", "ioi") == pytest.approx(expected, rel=1e-9)
+    assert result.tables["matrix"]["relative"][0] == pytest.approx(1.0)
+
+
 def test_the_whole_model_stands_in_for_anything(tiny_model64, behaviors) -> None:
     whole = Circuit.build(graph_of(tiny_model64), graph_of(tiny_model64).allowed, model=tiny_model64)
     result = reuse({"ioi": circuit(tiny_model64, 1), "whole": whole}, {"ioi": behaviors["ioi"]}, draws=0)

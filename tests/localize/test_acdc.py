@@ -136,7 +136,11 @@ def gpt2() -> Any:
     return hw.load(folder)
 
 
-GREATER_THAN = {"a5.h1", "a5.h5", "a6.h1", "a6.h9", "a7.h10", "a8.h8", "a8.h11", "a9.h1", "m8", "m9", "m10", "m11"}
+GREATER_THAN = {
+    "a0.h1", "a0.h3", "a0.h5", "m0", "m1", "m2", "m3",  # read the year
+    "a5.h5", "a6.h1", "a6.h9", "a7.h10", "a8.h11", "a9.h1",  # attend to it
+    "m8", "m9", "m10", "m11",  # raise later years
+}  # fmt: skip
 IOI = {
     "a9.h9", "a10.h0", "a9.h6",  # name movers
     "a7.h3", "a7.h9", "a8.h6", "a8.h10",  # S-inhibition
@@ -147,13 +151,18 @@ IOI = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "published", "threshold"), [
-    ("greater_than", GREATER_THAN, 0.0275), ("ioi", IOI, 0.0575)])  # fmt: skip
-def test_published_circuits_are_found_again(gpt2: Any, name: str, published: set[str], threshold: float) -> None:
-    """Conmy et al. (2023) recover most of the circuits of Hanna et al. (2023) and Wang et al. (2022): here at least
-    half of the published nodes must be found, and more of them than of as many nodes drawn at random.
+@pytest.mark.parametrize(
+    ("name", "published", "metric", "threshold"),
+    [("greater_than", GREATER_THAN, "prob_diff", 0.01585), ("ioi", IOI, "kl", 0.0575)],
+)
+def test_published_circuits_are_found_again(
+    gpt2: Any, name: str, published: set[str], metric: str, threshold: float
+) -> None:
+    """Conmy et al. (2023) recover most of the circuits of Hanna et al. (2023) and Wang et al. (2022): here at least half
+    of the published nodes must be found, and more of them than of as many nodes drawn at random.
     """
-    found = acdc(gpt2, hw.behavior(name, n=16, seed=0), thresholds=(threshold,), side_by_side=32).circuit()
+    pairs_of_it = hw.behavior(name, n=16, seed=0)
+    found = acdc(gpt2, pairs_of_it, metric=metric, thresholds=(threshold,), side_by_side=32).circuit()
     graph = found.graph
     kept = set(found.nodes) - {"input", "logits"}
     recall = len(kept & published) / len(published)

@@ -158,8 +158,8 @@ IOI = {
 def test_published_circuits_are_found_again(
     gpt2: Any, name: str, published: set[str], metric: str, threshold: float
 ) -> None:
-    """Conmy et al. (2023) recover most of the circuits of Hanna et al. (2023) and Wang et al. (2022): here at least half
-    of the published nodes must be found, and more of them than of as many nodes drawn at random.
+    """Conmy et al. (2023) recover most of the circuits of Hanna et al. (2023) and Wang et al. (2022): here at least
+    half of the published nodes must be found, and more of them than of as many nodes drawn at random.
     """
     pairs_of_it = hw.behavior(name, n=16, seed=0)
     found = acdc(gpt2, pairs_of_it, metric=metric, thresholds=(threshold,), side_by_side=32).circuit()

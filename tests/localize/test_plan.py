@@ -115,3 +115,24 @@ def test_the_budget_is_bounded_by_what_is_free(tiny_model: Any, monkeypatch: pyt
     assert memory_budget(tiny_model) == 96 * 2**20
     if torch.cuda.is_available():
         assert (free_bytes("cuda") or 0) > 0
+
+
+def test_positions_and_layers_before_a_patch_are_never_run(tiny_model: Any) -> None:
+    ioi = hw.behavior("ioi", n=12, seed=0)
+    n = ioi.train.n
+
+    def patches(site: str) -> dict[str, int]:
+        """What patching one site runs beyond what patching at no visible place does."""
+        both = [
+            hw.localize.patch(tiny_model, ioi, sites=[one]).facts["ran"] for one in (site, "mlp_out.2@0")
+        ]  # the first token's last MLP is seen by nobody
+        return {key: both[0][key] - both[1][key] for key in ("positions", "attention", "mlp")}
+
+    assert patches("resid_pre.0@-2") == {"positions": 2 * n, "attention": 6 * n, "mlp": 5 * n}
+    assert patches("mlp_out.0@-2") == {"positions": 2 * n, "attention": 4 * n, "mlp": 3 * n}
+    assert patches("attn_out.1@-2") == {"positions": 2 * n, "attention": 2 * n, "mlp": 3 * n}
+    assert patches("mlp_out.2@-1") == {"positions": n, "attention": 0, "mlp": 0}
+    assert (
+        planning.plan("patch", tiny_model, ioi, sites=["resid_pre.0@-2", "head"]).counts()
+        == hw.localize.patch(tiny_model, ioi, sites=["resid_pre.0@-2", "head"]).facts["ran"]
+    )

@@ -111,11 +111,11 @@ def subspace_check(
     config: SubspaceConfig | None = None,
     **options: Any,
 ) -> SubspaceResult:
-    """Patch a subspace, its connected and its disconnected part, and say whether the patch wakes a dormant pathway.
+    """Patch a subspace, its connected and its disconnected part, and say whether the patch wakes a dormant pathway
+    (Makelov, Lange & Nanda, 2023; reply: Wu et al., 2024).
 
-    After Makelov, Lange and Nanda (2023), with the reply of Wu et al. (2024) in `facts["reply"]`. directions: [R, W],
-    in the space of the site; None takes the mean difference between prompt and counterfactual on the train pairs.
-    Measured on the test pairs. For neurons and z the following map is the down- or output projection, and its nullspace
+    The reply stands in `facts["reply"]`. directions: [R, W], in the space of the site; None takes the mean difference
+    between prompt and counterfactual on the train pairs. Measured on the test pairs. For neurons and z the following map is the down- or output projection, and its nullspace
     is disconnected exactly; elsewhere it is a Jacobian, and disconnected to first order on the prompts seen. Options
     are those of `SubspaceConfig`.
     Known failure: a rowspace is all of the space where the following map is no narrower than the site (a head's z, a

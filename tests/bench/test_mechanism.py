@@ -16,7 +16,7 @@ from headwater.bench.rasp import Aggregate, Map, RaspError, Select, SelectorWidt
 from headwater.bench.rasp.interpreter import Interpreter
 from headwater.core.errors import BehaviorError, ModelError
 from headwater.localize import graph_of
-from headwater.localize.wiring import measure
+from headwater.localize.engine.wiring import measure
 
 SMALL = [
     "histogram", "reverse", "induction", "causal_induction", "fraction_of_x", "more_x_than_y", "sort_unique",

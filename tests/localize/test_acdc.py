@@ -14,9 +14,9 @@ import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError
 from headwater.core.model import Model
-from headwater.localize.ablation import Ablation
-from headwater.localize.acdc import acdc, pruned
-from headwater.localize.search import SearchResult, Trials, reached
+from headwater.localize.engine.ablation import Ablation
+from headwater.localize.search.acdc import acdc, pruned
+from headwater.localize.search.searching import SearchResult, Trials, reached
 from localize_ablated import plain_ablated, plain_reference
 from localize_families import bound, make, pairs
 from tiny import tiny_llama, tiny_tokenizer

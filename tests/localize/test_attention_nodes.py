@@ -11,9 +11,9 @@ import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError
 from headwater.core.model import Model
-from headwater.localize.attention_nodes import AttentionNodes, node_names, parts_of
-from headwater.localize.missed import as_nodes, bound_missed, random_sets
-from headwater.localize.passes import Engine, Scored, make_batches
+from headwater.localize.attribution.attention_nodes import AttentionNodes, node_names, parts_of
+from headwater.localize.attribution.missed import as_nodes, bound_missed, random_sets
+from headwater.localize.engine.passes import Engine, Scored, make_batches
 from localize_families import LAYERS, bound, make, pairs
 
 FAMILIES = ["llama", "gpt2", "neox", "gptj", "gemma2", "qwen3", "olmo2", "opt", "granite", "phi3"]
@@ -309,9 +309,9 @@ def test_heads_and_mlps_are_scored_as_by_atp(tiny_model64: Any) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2"])
 def test_pairs_that_share_all_but_their_last_token(name: str) -> None:
     """One position is run: the scores are those of whole runs."""
-    from headwater.localize.edges import EdgeScorer
-    from headwater.localize.ig_activations import score_batch
-    from headwater.localize.layer_paths import WriteScorer
+    from headwater.localize.engine.edges import EdgeScorer
+    from headwater.localize.attribution.ig_activations import score_batch
+    from headwater.localize.engine.layer_paths import WriteScorer
 
     engine, scored = Engine(make(name)), Scored.named("logit_diff")
     found = []

@@ -12,14 +12,14 @@ from torch import Tensor
 import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError, ModelError
-from headwater.localize.attribution import integration_nodes
-from headwater.localize.edges import EdgeScorer
-from headwater.localize.ig_activations import score_batch
-from headwater.localize.layer_paths import WriteScorer
-from headwater.localize.nodes import NodeScorer
-from headwater.localize.passes import Batch, Engine, Scored, can_narrow, make_batches
-from headwater.localize.places import in_order, places_of
-from headwater.localize.writes import Fixed, fixed_values
+from headwater.localize.attribution.eap import integration_nodes
+from headwater.localize.engine.edges import EdgeScorer
+from headwater.localize.attribution.ig_activations import score_batch
+from headwater.localize.engine.layer_paths import WriteScorer
+from headwater.localize.attribution.atp import NodeScorer
+from headwater.localize.engine.passes import Batch, Engine, Scored, can_narrow, make_batches
+from headwater.localize.engine.places import in_order, places_of
+from headwater.localize.engine.writes import Fixed, fixed_values
 from localize_families import LAYERS, LAYOUTS, Plain, bound, make, pairs, plain_edge_scores
 
 FAMILIES = ["llama", "gpt2", "neox", "phi", "gemma2", "olmo2", "opt", "granite"]
@@ -148,7 +148,7 @@ def reference_of(plain: Plain, groups: list[Any], against: str) -> Any:
     return out
 
 
-@pytest.mark.parametrize("against", ["mean", "mean_by_position", "zero"])
+@pytest.mark.parametrize("against", ["mean", "mean_positional", "zero"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_references_equal_their_definition(name: str, against: Any) -> None:
     model = make(name)
@@ -193,7 +193,7 @@ def test_moved_from_a_fixed_reference() -> None:
     engine, scored, plain = Engine(model), Scored.named("logit_diff"), Plain(model, "llama")
     batches = make_batches(bound(group), 1000, reuse_prefix=False)
     nodes = integration_nodes(24, "gauss")
-    for against in ("mean_by_position", "zero"):
+    for against in ("mean_positional", "zero"):
         fixed = fixed_values(engine, batches, against)  # type: ignore[arg-type]
         scores = WriteScorer(engine, scored, fixed=fixed).scores(batches[0], nodes).sum(dim=(1, 2))
         edges = EdgeScorer(engine, scored, fixed=fixed)
@@ -206,7 +206,7 @@ def test_moved_from_a_fixed_reference() -> None:
                 for path, at in (("self_attn.o_proj", graph.heads_at(layer)), ("mlp", graph.mlp_at(layer))):
                     module = plain.at(layer, path)
 
-                    def instead(_: Any, a: Any, y: Tensor, mean: bool = against == "mean_by_position") -> Tensor:
+                    def instead(_: Any, a: Any, y: Tensor, mean: bool = against == "mean_positional") -> Tensor:
                         return y.mean(dim=0, keepdim=True).expand_as(y) if mean else y * 0
 
                     handle = module.register_forward_hook(instead)
@@ -228,7 +228,7 @@ def test_moved_activations_are_complete(name: str) -> None:
     """The scores of the input and of each MLP tend to the metric's real difference when just that is replaced."""
     engine, scored = Engine(make(name)), Scored.named("logit_diff")
     (batch,) = make_batches(bound(pairs(3, 6, 2)), 1000)
-    from headwater.localize.evaluate import CircuitRunner
+    from headwater.localize.engine.evaluate import CircuitRunner
 
     scorer = WriteScorer(engine, scored)
     errors = []
@@ -351,7 +351,7 @@ def test_references_as_a_method(tiny_model: Any, ioi: Any) -> None:
     for method in ("eap", "atp", "eap_ig_activations"):
         scores = {
             against: hw.localize.methods.get(method)(tiny_model, ioi, against=against)
-            for against in ("counterfactual", "mean", "mean_by_position", "zero")
+            for against in ("counterfactual", "mean", "mean_positional", "zero")
         }
         hashes = {result.content_hash for result in scores.values()}
         assert len(hashes) == 4

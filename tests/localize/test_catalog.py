@@ -1,9 +1,11 @@
 """Every method says what it measures, after whom, and how it fails; and takes its options by name."""
 
+import pkgutil
 import re
 
 import pytest
 
+from headwater import localize
 from headwater.core.errors import MethodError
 from headwater.localize.catalog import described, methods
 
@@ -26,3 +28,12 @@ def test_a_method_says_what_it_measures_and_how_it_fails(name: str) -> None:
 def test_an_unknown_method_lists_near_names() -> None:
     with pytest.raises(MethodError, match="eap_ig"):
         described("eap_gi")
+
+
+def test_no_file_hides_a_method_of_its_name() -> None:
+    """Importing `localize.x` sets the package's attribute `x` to the module: no function may be called so."""
+    for name in localize.__all__:
+        assert f"headwater.localize.{name}" not in MODULES, f"localize/{name}.py hides localize.{name}"
+
+
+MODULES = {module.name for module in pkgutil.iter_modules(localize.__path__, "headwater.localize.")}

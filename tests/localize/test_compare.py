@@ -10,11 +10,11 @@ from scipy.stats import kstest, spearmanr
 
 from headwater.core.errors import MethodError
 from headwater.core.results import load_result
-from headwater.localize.attribution import AttributionResult
+from headwater.localize.attribution.eap import AttributionResult
 from headwater.localize.circuit import Circuit
-from headwater.localize.comparing import compare, expected_shared, members, shared_p
+from headwater.localize.comparing.compare import compare, expected_shared, members, shared_p
 from headwater.localize.graph import Graph
-from headwater.localize.nulls import random_circuits
+from headwater.localize.judging.nulls import random_circuits
 
 GRAPH = Graph(n_layers=3, n_heads=4, n_kv_heads=2)
 
@@ -106,7 +106,7 @@ def test_p_of_unrelated_circuits_is_uniform() -> None:
 
 def shared_p_strict(a: torch.Tensor, b: torch.Tensor) -> float:
     """P(more shared edges than observed): with the p itself, the two ends of the randomized p-value."""
-    from headwater.localize.comparing import _shared_distribution
+    from headwater.localize.comparing.compare import _shared_distribution
 
     return float(_shared_distribution(GRAPH, a, b)[int((a & b).sum()) + 1 :].sum())
 

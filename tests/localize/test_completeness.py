@@ -8,7 +8,7 @@ import torch
 import headwater as hw
 from headwater.core.errors import MethodError
 from headwater.core.model import Model
-from headwater.localize.faithfulness import evaluate_masks
+from headwater.localize.judging.faithfulness import evaluate_masks
 from tiny import tiny_gpt2, tiny_tokenizer
 
 

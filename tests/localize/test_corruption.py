@@ -10,11 +10,11 @@ import torch
 import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError, SiteError
-from headwater.localize.corruption import Means, Noise, donors, with_starts, without_prefix, zeros
-from headwater.localize.disagreement import compare_metrics
-from headwater.localize.passes import Engine, Scored, make_batches
-from headwater.localize.planning import plan
-from headwater.localize.sweep import Joint, Sweep, Target
+from headwater.localize.patching.corruption import Means, Noise, donors, with_starts, without_prefix, zeros
+from headwater.localize.patching.disagreement import compare_metrics
+from headwater.localize.engine.passes import Engine, Scored, make_batches
+from headwater.localize.engine.planning import plan
+from headwater.localize.engine.sweep import Joint, Sweep, Target
 from localize_families import LAYERS, LAYOUTS, bound, make, pairs
 
 DIFF = metric("logit_diff")
@@ -119,7 +119,7 @@ def test_fixed_values_equal_interventions(name: str, corruption: str) -> None:
     if corruption in ("mean", "mean_positional"):
         fill = Means(corruption == "mean_positional", False).learn(engine, [batch]).fill
     if corruption == "resample":
-        from headwater.localize.corruption import resampled
+        from headwater.localize.patching.corruption import resampled
 
         fill = resampled(given, False)
         assert all((given[row] != group.clean[i]).any() for i, row in enumerate(group.rows))

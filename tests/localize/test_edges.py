@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from headwater.behavior.metrics import metric
-from headwater.localize.edges import EdgeScorer
-from headwater.localize.passes import Engine, Scored, can_reuse_prefix, make_batches
+from headwater.localize.engine.edges import EdgeScorer
+from headwater.localize.engine.passes import Engine, Scored, can_reuse_prefix, make_batches
 from localize_families import LAYOUTS, bound, make, pairs, plain_edge_scores
 
 NODES = {"eap": [(1.0, 1.0)], "ig": [(0.0, 1 / 3), (1 / 3, 1 / 3), (2 / 3, 1 / 3)]}

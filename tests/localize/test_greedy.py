@@ -8,8 +8,8 @@ import torch
 import headwater as hw
 from headwater.core.errors import MethodError
 from headwater.core.model import Model
-from headwater.localize.faithfulness import evaluate_masks
-from headwater.localize.search_greedy import greedy
+from headwater.localize.judging.faithfulness import evaluate_masks
+from headwater.localize.search.greedy import greedy
 from tiny import tiny_llama, tiny_tokenizer
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import headwater as hw
 import tiny
 from headwater.core.errors import MethodError
-from headwater.localize.codes import (
+from headwater.localize.search.head_codes import (
     NONE,
     HeadCodesConfig,
     class_scores,

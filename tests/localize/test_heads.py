@@ -10,7 +10,7 @@ import tiny
 from headwater.core.errors import MethodError
 from headwater.core.interventions import replace
 from headwater.core.results import load_result
-from headwater.localize.heads import (
+from headwater.localize.comparing.heads import (
     ROLES,
     HeadsResult,
     attention_on_random_tokens,

@@ -15,9 +15,15 @@ from headwater.behavior.generators.parentheses import CALLS, THINGS
 from headwater.core.errors import MethodError
 from headwater.core.results import load_result
 from headwater.localize.catalog import methods
-from headwater.localize.interfering import InterferenceConfig, components, interference, names_of, scaled_margins
-from headwater.localize.passes import Engine, make_batches
-from headwater.localize.votes import Voter, Votes, collect
+from headwater.localize.comparing.interference import (
+    InterferenceConfig,
+    components,
+    interference,
+    names_of,
+    scaled_margins,
+)
+from headwater.localize.engine.passes import Engine, make_batches
+from headwater.localize.comparing.votes import Voter, Votes, collect
 from localize_families import bound, make, pairs
 from tiny import tiny_gpt2, tiny_llama
 
@@ -143,7 +149,7 @@ def test_verdicts_of_votes_made_by_hand() -> None:
 
 
 def test_precision_and_recall_by_hand(tiny_model) -> None:
-    from headwater.localize.interfering import _classes
+    from headwater.localize.comparing.interference import _classes
 
     names, votes = hand_made()
 

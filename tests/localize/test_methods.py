@@ -11,12 +11,12 @@ from transformers.utils import logging
 import headwater as hw
 from headwater.core.errors import HeadwaterError, MethodError, ModelError
 from headwater.core.model import Model
-from headwater.localize.attribution import integration_nodes
-from headwater.localize.edges import EdgeScorer
-from headwater.localize.evaluate import CircuitRunner
-from headwater.localize.norms import Norm, measure_norm
-from headwater.localize.passes import Engine, Scored, make_batches, shared_prefix
-from headwater.localize.wiring import graph_of
+from headwater.localize.attribution.eap import integration_nodes
+from headwater.localize.engine.edges import EdgeScorer
+from headwater.localize.engine.evaluate import CircuitRunner
+from headwater.localize.engine.norms import Norm, measure_norm
+from headwater.localize.engine.passes import Engine, Scored, make_batches, shared_prefix
+from headwater.localize.engine.wiring import graph_of
 from localize_families import LAYOUTS, bound, make, pairs
 
 logging.set_verbosity_error()

@@ -10,16 +10,16 @@ import torch
 import headwater as hw
 from headwater.core.errors import MethodError
 from headwater.core.results import load_result
-from headwater.localize.attribution import eap, eap_ig
+from headwater.localize.attribution.eap import eap, eap_ig
 from headwater.localize.circuit import Circuit
-from headwater.localize.circuit_track import auroc, budget, mib_track, passes_of, scores_of
-from headwater.localize.discovery import discovery_curve
-from headwater.localize.faithfulness import curve as curve_of
+from headwater.localize.judging.circuit_track import auroc, budget, mib_track, passes_of, scores_of
+from headwater.localize.judging.discovery import discovery_curve
+from headwater.localize.judging.faithfulness import curve as curve_of
 from headwater.localize.graph import Graph
-from headwater.localize.mib import FRACTIONS, areas, from_mib, read_json, to_mib
-from headwater.localize.nodes import atp
-from headwater.localize.patching import patch
-from headwater.localize.wiring import graph_of
+from headwater.localize.judging.mib import FRACTIONS, areas, from_mib, read_json, to_mib
+from headwater.localize.attribution.atp import atp
+from headwater.localize.patching.patch import patch
+from headwater.localize.engine.wiring import graph_of
 
 GRAPH = Graph(n_layers=2, n_heads=4, n_kv_heads=2)
 
@@ -99,7 +99,7 @@ def test_budgets_round_as_mib_does() -> None:
         n = int(fraction * len(GRAPH.sources))
         for rank, value in (("abs", scores.abs()), ("signed", scores)):
             best = [GRAPH.sources[i] for i in torch.argsort(value, descending=True, stable=True)[:n]]
-            from headwater.localize.selection import prune
+            from headwater.localize.search.selection import prune
 
             expected = prune(GRAPH, Circuit.from_nodes(GRAPH, best).mask)
             assert torch.equal(budget(GRAPH, scores, fraction, level="node", rank=rank), expected)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from headwater.localize.edges import EdgeScorer
-from headwater.localize.nodes import NodeScorer
-from headwater.localize.passes import Engine, Scored, make_batches
-from headwater.localize.places import places_of
+from headwater.localize.engine.edges import EdgeScorer
+from headwater.localize.attribution.atp import NodeScorer
+from headwater.localize.engine.passes import Engine, Scored, make_batches
+from headwater.localize.engine.places import places_of
 from localize_families import LAYOUTS, bound, make, pairs
 
 

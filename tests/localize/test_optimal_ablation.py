@@ -12,9 +12,9 @@ from torch import Tensor
 import headwater as hw
 from headwater.core.errors import MethodError
 from headwater.core.model import Model
-from headwater.localize.ablation import Ablation, Constants
-from headwater.localize.faithfulness import evaluate_masks
-from headwater.localize.optimal_ablation import OptimalAblationResult, optimal_ablation
+from headwater.localize.engine.ablation import Ablation, Constants
+from headwater.localize.judging.faithfulness import evaluate_masks
+from headwater.localize.search.optimal_ablation import OptimalAblationResult, optimal_ablation
 from tiny import tiny_gpt2, tiny_tokenizer
 
 

@@ -12,7 +12,7 @@ import transformers
 
 import headwater as hw
 from headwater.core.model import Model
-from headwater.localize.faithfulness import evaluate_masks
+from headwater.localize.judging.faithfulness import evaluate_masks
 from tiny import word_tokenizer
 
 LAYERS, HEADS, D, VOCAB, LENGTH = 2, 4, 32, 61, 7

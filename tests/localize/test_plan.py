@@ -8,8 +8,8 @@ import torch
 
 import headwater as hw
 from headwater.core.errors import MethodError
-from headwater.localize import planning
-from headwater.localize.cost import costs_of, counted, free_bytes, memory_budget
+from headwater.localize.engine import planning
+from headwater.localize.engine.cost import costs_of, counted, free_bytes, memory_budget
 
 
 def ran(model: Any, job: Any) -> dict[str, int]:
@@ -104,7 +104,7 @@ def test_costs_of_experts_are_of_those_a_token_meets() -> None:
 
 
 def test_the_budget_is_bounded_by_what_is_free(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from headwater.localize import cost
+    from headwater.localize.engine import cost
 
     assert memory_budget(tiny_model, 3.0) == 3 * 2**20
     free = free_bytes("cpu")

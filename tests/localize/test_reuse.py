@@ -7,9 +7,9 @@ import torch
 import headwater as hw
 from headwater.core.errors import MethodError
 from headwater.localize.circuit import Circuit
-from headwater.localize.heads import attention_to_places, mean_outputs, metric_values
-from headwater.localize.reusing import group_tests, reuse
-from headwater.localize.wiring import graph_of
+from headwater.localize.comparing.heads import attention_to_places, mean_outputs, metric_values
+from headwater.localize.comparing.reuse import group_tests, reuse
+from headwater.localize.engine.wiring import graph_of
 
 
 @pytest.fixture(scope="module")

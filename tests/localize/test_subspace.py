@@ -8,7 +8,7 @@ from headwater.core.anatomy import linear_weight
 from headwater.core.errors import MethodError, SiteError
 from headwater.core.results import load_result
 from headwater.localize.catalog import methods
-from headwater.localize.subspace import subspace_check
+from headwater.localize.comparing.subspace import subspace_check
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 LAYER = 2

@@ -8,7 +8,7 @@ import headwater.trace.tests
 from headwater.claims import Claim, Context, Ledger, Outcome, claim_from_test, test_names
 from headwater.claims.claim import unchecked_subspace
 from headwater.core.errors import ClaimError
-from headwater.localize.subspace import subspace_check
+from headwater.localize.comparing.subspace import subspace_check
 from tiny import tiny_llama, tiny_tokenizer
 
 SITE = "mlp_out.2"

@@ -12,8 +12,8 @@ import headwater.trace.tests
 from headwater.behavior.table import Behavior
 from headwater.claims import Context, run_test, sign_flip
 from headwater.core.errors import ClaimError
-from headwater.localize.attribution import eap
-from headwater.localize.heads import heads, metric_values
+from headwater.localize.attribution.eap import eap
+from headwater.localize.comparing.heads import heads, metric_values
 
 NAMES = [" Mary", " John", " Mark", " Paul", " Laura", " Kevin", " Scott", " Sarah"]
 

@@ -11,6 +11,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from headwater.bench.rasp.assembly import closest
 from headwater.bench.rasp.bases import Variable
 from headwater.bench.rasp.interpreter import Interpreter
 from headwater.bench.rasp.language import RaspError
@@ -32,11 +33,12 @@ class TrueMechanism(Result):
     """The known mechanism of a model.
 
     `tables["variables"]`: variable, encoding, node (that writes it), first, width (its directions: rows of
-    `tensors["directions"]`), values, varies (it differs between some two inputs of one length at one position),
-    description. `tables["edges"]`: source, target, variable, live (the variable and what the target makes of it both
-    vary, so that interchanging it can matter). `tables["nodes"]`: node, role, variables, live (it writes a variable
-    that varies; `role` is "task" or "spare"). `tensors["directions"]`: [directions, d_model], where each is in the
-    stream; `tensors["mask"]`: [sources, readers] bool, the live edges of headwater's graph.
+    `tensors["directions"]`), values (of a numerical one the first 50), gap (the smallest distance between two of them),
+    varies (it differs between some two inputs of one length at one position), description. `tables["edges"]`: source,
+    target, variable, live (the variable and what the target makes of it both vary, so that interchanging it can
+    matter). `tables["nodes"]`: node, role ("task" or "spare"), variables, live (it writes a variable that varies).
+    `tensors["directions"]`: [directions, d_model], where each is in the stream; `tensors["mask"]`: [sources, readers]
+    bool, the live edges of headwater's graph.
     """
 
     kind: ClassVar[str] = "mechanism"
@@ -176,6 +178,7 @@ def _variable_row(variable: Variable, layout: Layout, varies: set[Variable]) -> 
         "first": layout.first[variable],
         "width": variable.width,
         "values": [str(value) for value in shown or ()],
+        "gap": closest(variable.values) if variable.encoding == "numerical" and variable.values else None,
         "varies": variable in varies,
         "description": variable.expression.describe() if variable.expression is not None else "the first token",
     }

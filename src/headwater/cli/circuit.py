@@ -52,7 +52,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Say how much two circuits of one graph share, beside what their layer profiles alone give."""
-    from headwater.localize.comparing import compare as compared
+    from headwater.localize.comparing.compare import compare as compared
 
     result = compared(_circuit(a), _circuit(b), n=n, seed=seed, names=(str(a), str(b)))
     rows = result.to_frame().to_dicts()
@@ -117,7 +117,7 @@ def mib(
     from headwater import behavior as behaviors
     from headwater.behavior.mib import TASKS, mib_task, track_pairs
     from headwater.core.loading import load
-    from headwater.localize.circuit_track import mib_track
+    from headwater.localize.judging.circuit_track import mib_track
 
     loaded = load(model)
     made = {}

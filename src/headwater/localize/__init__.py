@@ -7,63 +7,63 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {
-    "patch": "patching",
-    "path_patch": "path_patching",
-    "causal_trace": "causal_tracing",
-    "CausalTraceResult": "causal_tracing",
-    "PathPatchingResult": "path_patching",
-    "PatchingResult": "patching",
-    "atp": "nodes",
-    "atp_star": "star",
-    "grad_drop": "dropping",
-    "eap": "attribution",
-    "eap_ig": "attribution",
-    "eap_ig_activations": "ig_activations",
-    "eap_clean_corrupted": "clean_corrupted",
-    "node_ig": "node_integrals",
-    "acdc": "acdc",
-    "SearchResult": "search",
-    "Ablation": "ablation",
-    "edge_pruning": "edge_pruning",
-    "node_pruning": "edge_pruning",
-    "greedy": "search_greedy",
-    "IncompletenessResult": "completeness",
-    "optimal_ablation": "optimal_ablation",
-    "OptimalAblationResult": "optimal_ablation",
-    "flow_routes": "flow",
-    "cdt": "decomposition",
-    "head_codes": "codes",
-    "attention_tracing": "tracing",
-    "FlowRoutesResult": "flow",
-    "CdtResult": "decomposition",
-    "HeadCodesResult": "codes",
-    "TracingResult": "tracing",
+    "patch": "patching.patch",
+    "path_patch": "patching.paths",
+    "causal_trace": "patching.causal_trace",
+    "CausalTraceResult": "patching.causal_trace",
+    "PathPatchingResult": "patching.paths",
+    "PatchingResult": "patching.patch",
+    "atp": "attribution.atp",
+    "atp_star": "attribution.atp_star",
+    "grad_drop": "attribution.grad_drop",
+    "eap": "attribution.eap",
+    "eap_ig": "attribution.eap",
+    "eap_ig_activations": "attribution.ig_activations",
+    "eap_clean_corrupted": "attribution.clean_corrupted",
+    "node_ig": "attribution.node_ig",
+    "acdc": "search.acdc",
+    "SearchResult": "search.searching",
+    "Ablation": "engine.ablation",
+    "edge_pruning": "search.edge_pruning",
+    "node_pruning": "search.edge_pruning",
+    "greedy": "search.greedy",
+    "IncompletenessResult": "judging.completeness",
+    "optimal_ablation": "search.optimal_ablation",
+    "OptimalAblationResult": "search.optimal_ablation",
+    "flow_routes": "search.flow_routes",
+    "cdt": "search.cdt",
+    "head_codes": "search.head_codes",
+    "attention_tracing": "search.attention_tracing",
+    "FlowRoutesResult": "search.flow_routes",
+    "CdtResult": "search.cdt",
+    "HeadCodesResult": "search.head_codes",
+    "TracingResult": "search.attention_tracing",
     "methods": "catalog",
-    "Plan": "planning",
-    "plan": "planning",
-    "AttributionResult": "attribution",
+    "Plan": "engine.planning",
+    "plan": "engine.planning",
+    "AttributionResult": "attribution.eap",
     "Circuit": "circuit",
     "Graph": "graph",
-    "graph_of": "wiring",
-    "FaithfulnessResult": "faithfulness",
-    "MinimalityResult": "faithfulness",
-    "NullResult": "faithfulness",
-    "areas": "mib",
-    "compare": "comparing",
-    "ComparisonResult": "comparing",
-    "reuse": "reusing",
-    "ReuseResult": "reusing",
-    "group_tests": "reusing",
-    "HeadGroupsResult": "reusing",
-    "interference": "interfering",
-    "InterferenceResult": "interfering",
-    "subspace_check": "subspace",
-    "SubspaceResult": "subspace",
-    "mib_track": "circuit_track",
-    "MibTrackResult": "circuit_track",
-    "auroc": "circuit_track",
-    "discovery_curve": "discovery",
-    "DiscoveryResult": "discovery",
+    "graph_of": "engine.wiring",
+    "FaithfulnessResult": "judging.faithfulness",
+    "MinimalityResult": "judging.faithfulness",
+    "NullResult": "judging.faithfulness",
+    "areas": "judging.mib",
+    "compare": "comparing.compare",
+    "ComparisonResult": "comparing.compare",
+    "reuse": "comparing.reuse",
+    "ReuseResult": "comparing.reuse",
+    "group_tests": "comparing.reuse",
+    "HeadGroupsResult": "comparing.reuse",
+    "interference": "comparing.interference",
+    "InterferenceResult": "comparing.interference",
+    "subspace_check": "comparing.subspace",
+    "SubspaceResult": "comparing.subspace",
+    "mib_track": "judging.circuit_track",
+    "MibTrackResult": "judging.circuit_track",
+    "auroc": "judging.circuit_track",
+    "discovery_curve": "judging.discovery",
+    "DiscoveryResult": "judging.discovery",
 }
 
 __all__ = [
@@ -140,37 +140,37 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from headwater.localize.ablation import Ablation
-    from headwater.localize.acdc import acdc
-    from headwater.localize.attribution import AttributionResult, eap, eap_ig
+    from headwater.localize.attribution.atp import atp
+    from headwater.localize.attribution.atp_star import atp_star
+    from headwater.localize.attribution.clean_corrupted import eap_clean_corrupted
+    from headwater.localize.attribution.eap import AttributionResult, eap, eap_ig
+    from headwater.localize.attribution.grad_drop import grad_drop
+    from headwater.localize.attribution.ig_activations import eap_ig_activations
+    from headwater.localize.attribution.node_ig import node_ig
     from headwater.localize.catalog import methods
-    from headwater.localize.causal_tracing import CausalTraceResult, causal_trace
     from headwater.localize.circuit import Circuit
-    from headwater.localize.circuit_track import MibTrackResult, auroc, mib_track
-    from headwater.localize.clean_corrupted import eap_clean_corrupted
-    from headwater.localize.codes import HeadCodesResult, head_codes
-    from headwater.localize.comparing import ComparisonResult, compare
-    from headwater.localize.completeness import IncompletenessResult
-    from headwater.localize.decomposition import CdtResult, cdt
-    from headwater.localize.discovery import DiscoveryResult, discovery_curve
-    from headwater.localize.dropping import grad_drop
-    from headwater.localize.edge_pruning import edge_pruning, node_pruning
-    from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
-    from headwater.localize.flow import FlowRoutesResult, flow_routes
+    from headwater.localize.comparing.compare import ComparisonResult, compare
+    from headwater.localize.comparing.interference import InterferenceResult, interference
+    from headwater.localize.comparing.reuse import HeadGroupsResult, ReuseResult, group_tests, reuse
+    from headwater.localize.comparing.subspace import SubspaceResult, subspace_check
+    from headwater.localize.engine.ablation import Ablation
+    from headwater.localize.engine.planning import Plan, plan
+    from headwater.localize.engine.wiring import graph_of
     from headwater.localize.graph import Graph
-    from headwater.localize.ig_activations import eap_ig_activations
-    from headwater.localize.interfering import InterferenceResult, interference
-    from headwater.localize.mib import areas
-    from headwater.localize.node_integrals import node_ig
-    from headwater.localize.nodes import atp
-    from headwater.localize.optimal_ablation import OptimalAblationResult, optimal_ablation
-    from headwater.localize.patching import PatchingResult, patch
-    from headwater.localize.path_patching import PathPatchingResult, path_patch
-    from headwater.localize.planning import Plan, plan
-    from headwater.localize.reusing import HeadGroupsResult, ReuseResult, group_tests, reuse
-    from headwater.localize.search import SearchResult
-    from headwater.localize.search_greedy import greedy
-    from headwater.localize.star import atp_star
-    from headwater.localize.subspace import SubspaceResult, subspace_check
-    from headwater.localize.tracing import TracingResult, attention_tracing
-    from headwater.localize.wiring import graph_of
+    from headwater.localize.judging.circuit_track import MibTrackResult, auroc, mib_track
+    from headwater.localize.judging.completeness import IncompletenessResult
+    from headwater.localize.judging.discovery import DiscoveryResult, discovery_curve
+    from headwater.localize.judging.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
+    from headwater.localize.judging.mib import areas
+    from headwater.localize.patching.causal_trace import CausalTraceResult, causal_trace
+    from headwater.localize.patching.patch import PatchingResult, patch
+    from headwater.localize.patching.paths import PathPatchingResult, path_patch
+    from headwater.localize.search.acdc import acdc
+    from headwater.localize.search.attention_tracing import TracingResult, attention_tracing
+    from headwater.localize.search.cdt import CdtResult, cdt
+    from headwater.localize.search.edge_pruning import edge_pruning, node_pruning
+    from headwater.localize.search.flow_routes import FlowRoutesResult, flow_routes
+    from headwater.localize.search.greedy import greedy
+    from headwater.localize.search.head_codes import HeadCodesResult, head_codes
+    from headwater.localize.search.optimal_ablation import OptimalAblationResult, optimal_ablation
+    from headwater.localize.search.searching import SearchResult

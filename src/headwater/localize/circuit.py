@@ -11,16 +11,16 @@ from torch import Tensor
 
 from headwater.core.errors import MethodError
 from headwater.core.results import Provenance, Result, register_result
-from headwater.localize import mib
 from headwater.localize.graph import Graph, head_of
-from headwater.localize.selection import Rank, nodes_in, prune, select
+from headwater.localize.judging import mib
+from headwater.localize.search.selection import Rank, nodes_in, prune, select
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
     from headwater.core.model import Model
-    from headwater.localize.ablation import AblationLike
-    from headwater.localize.completeness import IncompletenessResult
-    from headwater.localize.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
+    from headwater.localize.engine.ablation import AblationLike
+    from headwater.localize.judging.completeness import IncompletenessResult
+    from headwater.localize.judging.faithfulness import FaithfulnessResult, MinimalityResult, NullResult
 
 
 @register_result
@@ -168,7 +168,7 @@ class Circuit(Result):
 
     def bind(self, model: "Model") -> Self:
         """Say which model it is evaluated in; returns itself. Raises MethodError when the graph is not the model's."""
-        from headwater.localize.wiring import graph_of
+        from headwater.localize.engine.wiring import graph_of
 
         if graph_of(model).to_dict() | {"d_model": 0} != self.graph.to_dict() | {"d_model": 0}:
             raise MethodError("this circuit is of another model", got=self.graph, wanted=graph_of(model))
@@ -231,7 +231,7 @@ class Circuit(Result):
         The empty circuit has every edge ablated (with "counterfactual" it is the model on the counterfactual). 1: as
         the model; 0: as where all is ablated.
         """
-        from headwater.localize.faithfulness import faithfulness
+        from headwater.localize.judging.faithfulness import faithfulness
 
         return faithfulness(self, behavior, metric=metric, ablation=ablation, model=model)
 
@@ -246,7 +246,7 @@ class Circuit(Result):
         """Faithfulness of everything but the circuit: 0 where the circuit is all there is. See also
         `incompleteness`.
         """
-        from headwater.localize.faithfulness import completeness
+        from headwater.localize.judging.faithfulness import completeness
 
         return completeness(self, behavior, metric=metric, ablation=ablation, model=model)
 
@@ -266,7 +266,7 @@ class Circuit(Result):
         Completeness as Wang et al. (2022) define it, as a share of the model's effect: 0 where the circuit and the
         model suffer alike from losing the same nodes.
         """
-        from headwater.localize.completeness import incompleteness
+        from headwater.localize.judging.completeness import incompleteness
 
         return incompleteness(
             self, behavior, n=n, greedy=greedy, metric=metric, ablation=ablation, seed=seed, model=model
@@ -282,7 +282,7 @@ class Circuit(Result):
         model: "Model | None" = None,
     ) -> "MinimalityResult":
         """For each node: how far faithfulness falls when the circuit does without it (Wang et al., 2022)."""
-        from headwater.localize.faithfulness import minimality
+        from headwater.localize.judging.faithfulness import minimality
 
         return minimality(self, behavior, metric=metric, nodes=nodes, ablation=ablation, model=model)
 
@@ -298,7 +298,7 @@ class Circuit(Result):
         model: "Model | None" = None,
     ) -> "NullResult":
         """Faithfulness of `n` random circuits of each kind, matched in size and layer profile; see `nulls.py`."""
-        from headwater.localize.faithfulness import null
+        from headwater.localize.judging.faithfulness import null
 
         return null(self, behavior, n=n, metric=metric, kinds=kinds, seed=seed, ablation=ablation, model=model)
 
@@ -314,7 +314,7 @@ class Circuit(Result):
         model: "Model | None" = None,
     ) -> "FaithfulnessResult":
         """Faithfulness over sizes cut from this circuit's ranking, with MIB's areas CPR and CMD."""
-        from headwater.localize.faithfulness import curve
+        from headwater.localize.judging.faithfulness import curve
 
         return curve(
             self.graph, self._ranking(), model or self.model, behavior,

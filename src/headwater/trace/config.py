@@ -76,7 +76,7 @@ class CircuitSettings(Settings):
 
 
 class HeadsSettings(Settings):
-    """Head roles: see `headwater.localize.heads.HeadsConfig`."""
+    """Head roles: see `headwater.localize.comparing.heads.HeadsConfig`."""
 
     top: int = Field(default=3, ge=1)
     least: float = Field(default=0.2, ge=0, le=1)

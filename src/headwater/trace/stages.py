@@ -12,12 +12,12 @@ from headwater.claims import Claim, Context, Ledger, claim_from_test
 from headwater.core.errors import StoreError
 from headwater.core.results import Provenance, Result
 from headwater.core.store import RunFolder
-from headwater.localize.attribution import AttributionResult, methods
+from headwater.localize.attribution.eap import AttributionResult, methods
 from headwater.localize.circuit import Circuit
-from headwater.localize.faithfulness import completeness, curve
+from headwater.localize.judging.faithfulness import completeness, curve
 from headwater.localize.graph import head_of
-from headwater.localize.heads import HeadsResult
-from headwater.localize.heads import heads as find_heads
+from headwater.localize.comparing.heads import HeadsResult
+from headwater.localize.comparing.heads import heads as find_heads
 from headwater.trace import tests
 from headwater.trace.verdict import verdict
 
@@ -143,7 +143,7 @@ def behavior(work: Work) -> Made:
 
 def localize(work: Work) -> Made:
     """Where it is: patching by layer and position, every head at the end, and a score for every edge."""
-    from headwater.localize.patching import patch
+    from headwater.localize.patching.patch import patch
 
     settings, metric = work.settings.localize, work.behavior.metric
     few = work.train(settings.n_patch)

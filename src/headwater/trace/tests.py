@@ -25,9 +25,9 @@ from headwater.claims import (
 )
 from headwater.core.errors import ClaimError
 from headwater.localize.circuit import Circuit
-from headwater.localize.faithfulness import NullResult, Values, evaluate_masks
-from headwater.localize.heads import HeadsResult, attention_to_places, metric_values
-from headwater.localize.nulls import random_circuits
+from headwater.localize.judging.faithfulness import NullResult, Values, evaluate_masks
+from headwater.localize.comparing.heads import HeadsResult, attention_to_places, metric_values
+from headwater.localize.judging.nulls import random_circuits
 from headwater.localize.stats import ratio
 from headwater.trace import subspaces as subspaces  # registers its test with these
 
@@ -176,7 +176,7 @@ def circuit_beats_random_weights(
     Those circuits have as many edges and are run in the real model: what they reach, architecture alone explains.
     p: sign flips over pairs of the difference to their mean.
     """
-    from headwater.localize.attribution import AttributionResult, methods
+    from headwater.localize.attribution.eap import AttributionResult, methods
 
     circuit: Circuit = context["circuit"]
     behavior: Behavior = context["behavior"]

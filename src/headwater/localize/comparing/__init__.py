@@ -1,0 +1,1 @@
+"""Circuits and components against each other: overlap, reuse, roles, interference, and what a subspace patch shows."""

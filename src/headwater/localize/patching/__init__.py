@@ -1,0 +1,1 @@
+"""What really happens when a value, an edge or a state is put into another run."""

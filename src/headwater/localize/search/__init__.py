@@ -1,0 +1,1 @@
+"""Circuits and routes found without scoring every edge by its gradient."""

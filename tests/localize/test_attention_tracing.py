@@ -10,11 +10,11 @@ import torch
 import headwater as hw
 from headwater.core.errors import MethodError
 from headwater.core.interventions import add, replace
-from headwater.localize.search.moves import captured, moves_of
 from headwater.localize.engine.passes import Engine, Scored
-from headwater.localize.search.roles import token_roles
-from headwater.localize.search.attention_tracing import TracingConfig, _Traced, attention_tracing, contributions, sizes
 from headwater.localize.engine.wiring import wiring_of
+from headwater.localize.search.attention_tracing import TracingConfig, _Traced, attention_tracing, contributions, sizes
+from headwater.localize.search.moves import captured, moves_of
+from headwater.localize.search.roles import token_roles
 from localize_families import make, pairs
 
 KINDS = ("v", "pattern", "z", "attn_out")

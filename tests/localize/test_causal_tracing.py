@@ -10,10 +10,10 @@ import headwater as hw
 from headwater.behavior.known import known_facts
 from headwater.behavior.metrics import metric
 from headwater.core.errors import BehaviorError, MethodError
-from headwater.localize.patching.causal_trace import GROUPS, token_groups
-from headwater.localize.patching.corruption import Noise, with_starts
 from headwater.localize.engine.passes import Engine, make_batches
 from headwater.localize.engine.planning import plan
+from headwater.localize.patching.causal_trace import GROUPS, token_groups
+from headwater.localize.patching.corruption import Noise, with_starts
 
 KNOWN = Path(__file__).resolve().parents[2] / ".." / "shared" / "data" / "known" / "known_1000.json"
 

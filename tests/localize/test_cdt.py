@@ -12,8 +12,8 @@ import headwater as hw
 from headwater.core.errors import MethodError, ModelError
 from headwater.core.interventions import replace
 from headwater.core.model import Model
-from headwater.localize.search.cdt import CdtConfig, Decomposition, Rules, build_hops, cdt
 from headwater.localize.engine.passes import Engine
+from headwater.localize.search.cdt import CdtConfig, Decomposition, Rules, build_hops, cdt
 from localize_families import LAYERS, LAYOUTS, VOCAB, H, K, Plain, make, pairs
 
 Pair = tuple[Tensor, Tensor]

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwater.core.errors import MethodError, StoreError
-from headwater.localize.judging import mib
 from headwater.localize.circuit import Circuit
 from headwater.localize.graph import Graph
+from headwater.localize.judging import mib
 from headwater.localize.judging.nulls import p_value, random_circuits
 from headwater.localize.search.selection import greedy, prune, select, top_n
 

@@ -10,11 +10,11 @@ import torch
 import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError, SiteError
-from headwater.localize.patching.corruption import Means, Noise, donors, with_starts, without_prefix, zeros
-from headwater.localize.patching.disagreement import compare_metrics
 from headwater.localize.engine.passes import Engine, Scored, make_batches
 from headwater.localize.engine.planning import plan
 from headwater.localize.engine.sweep import Joint, Sweep, Target
+from headwater.localize.patching.corruption import Means, Noise, donors, with_starts, without_prefix, zeros
+from headwater.localize.patching.disagreement import compare_metrics
 from localize_families import LAYERS, LAYOUTS, bound, make, pairs
 
 DIFF = metric("logit_diff")

@@ -11,11 +11,11 @@ from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError
 from headwater.core.model import Model
 from headwater.localize.engine.ablation import Ablation
-from headwater.localize.search.edge_pruning import EdgePruningConfig, Masks
+from headwater.localize.engine.soft import soft_logits
 from headwater.localize.judging.faithfulness import evaluate_masks
 from headwater.localize.judging.nulls import random_circuits
+from headwater.localize.search.edge_pruning import EdgePruningConfig, Masks
 from headwater.localize.search.searching import Trials
-from headwater.localize.engine.soft import soft_logits
 from localize_ablated import plain_ablated, plain_reference
 from localize_families import LAYOUTS, bound, make, pairs
 from tiny import tiny_llama, tiny_tokenizer

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import headwater as hw
 from headwater.core.errors import MethodError, ModelError
-from headwater.localize.search.flow_routes import Flow, FlowConfig, flow_routes
-from headwater.localize.search.moves import captured, moves_of
 from headwater.localize.engine.passes import Engine
 from headwater.localize.engine.wiring import wiring_of
+from headwater.localize.search.flow_routes import Flow, FlowConfig, flow_routes
+from headwater.localize.search.moves import captured, moves_of
 from localize_families import LAYERS, LAYOUTS, H, K, Plain, make, pairs
 
 KINDS = ("v", "pattern", "z", "attn_out", "resid_pre", "mlp_out")

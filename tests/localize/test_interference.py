@@ -22,8 +22,8 @@ from headwater.localize.comparing.interference import (
     names_of,
     scaled_margins,
 )
-from headwater.localize.engine.passes import Engine, make_batches
 from headwater.localize.comparing.votes import Voter, Votes, collect
+from headwater.localize.engine.passes import Engine, make_batches
 from localize_families import bound, make, pairs
 from tiny import tiny_gpt2, tiny_llama
 

@@ -10,16 +10,16 @@ import torch
 import headwater as hw
 from headwater.core.errors import MethodError
 from headwater.core.results import load_result
+from headwater.localize.attribution.atp import atp
 from headwater.localize.attribution.eap import eap, eap_ig
 from headwater.localize.circuit import Circuit
+from headwater.localize.engine.wiring import graph_of
+from headwater.localize.graph import Graph
 from headwater.localize.judging.circuit_track import auroc, budget, mib_track, passes_of, scores_of
 from headwater.localize.judging.discovery import discovery_curve
 from headwater.localize.judging.faithfulness import curve as curve_of
-from headwater.localize.graph import Graph
 from headwater.localize.judging.mib import FRACTIONS, areas, from_mib, read_json, to_mib
-from headwater.localize.attribution.atp import atp
 from headwater.localize.patching.patch import patch
-from headwater.localize.engine.wiring import graph_of
 
 GRAPH = Graph(n_layers=2, n_heads=4, n_kv_heads=2)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from headwater.localize.engine.edges import EdgeScorer
 from headwater.localize.attribution.atp import NodeScorer
+from headwater.localize.engine.edges import EdgeScorer
 from headwater.localize.engine.passes import Engine, Scored, make_batches
 from headwater.localize.engine.places import places_of
 from localize_families import LAYOUTS, bound, make, pairs

@@ -9,10 +9,10 @@ import torch
 import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError, SiteError
-from headwater.localize.graph import Graph
 from headwater.localize.engine.passes import Engine, Scored, make_batches
 from headwater.localize.engine.sites import read_spec
 from headwater.localize.engine.sweep import Sweep, Target
+from headwater.localize.graph import Graph
 from localize_families import LAYERS, LAYOUTS, H, bound, make, pairs
 
 GRAPH = Graph(n_layers=2, n_heads=4, n_kv_heads=2)

@@ -9,10 +9,10 @@ from torch import Tensor
 import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError
-from headwater.localize.graph import Graph
 from headwater.localize.engine.passes import Engine, Scored, make_batches
-from headwater.localize.patching.paths import PathPatchConfig, Route, _Setting, routes_of
 from headwater.localize.engine.planning import plan
+from headwater.localize.graph import Graph
+from headwater.localize.patching.paths import PathPatchConfig, Route, _Setting, routes_of
 from localize_families import LAYERS, Plain, bound, make, pairs
 
 DIFF = metric("logit_diff")

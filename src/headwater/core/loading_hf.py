@@ -26,7 +26,7 @@ _TOKENIZER_FILES = (
 )
 # Architectures of headwater's own, by model_type: the module that tells transformers of each. By name, so that no
 # import points upwards.
-_OWN = {"headwater_plain": "headwater.bench.plain"}
+_OWN = {"headwater_plain": "headwater.bench.plain", "headwater_hooked": "headwater.bench.siit.hooked"}
 _NO_TOKENIZER = "this model has no tokenizer here; pass tokenizer=, or run it on token ids"
 
 

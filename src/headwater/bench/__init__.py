@@ -14,6 +14,8 @@ _NAMES = {
     "CompileConfig": ("rasp.compiler", "CompileConfig"),
     "TrueMechanism": ("mechanism", "TrueMechanism"),
     "Interchange": ("interchange", "Interchange"),
+    "CompressConfig": ("compress", "CompressConfig"),
+    "Compression": ("compress", "Compression"),
     "claim_rates": ("rates", "claim_rates"),
     "ClaimRates": ("rates", "ClaimRates"),
 }
@@ -22,6 +24,8 @@ __all__ = [
     "ClaimRates",
     "CompileConfig",
     "Compiled",
+    "CompressConfig",
+    "Compression",
     "Interchange",
     "TrueMechanism",
     "claim_rates",
@@ -46,6 +50,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from headwater.bench import rasp, truth
+    from headwater.bench.compress import CompressConfig, Compression
     from headwater.bench.interchange import Interchange
     from headwater.bench.mechanism import TrueMechanism
     from headwater.bench.rasp.compiler import CompileConfig, Compiled

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from headwater.behavior.table import Behavior
+from headwater.bench.compress import CompressConfig, Compression
+from headwater.bench.compress import compress as compress_compiled
+from headwater.bench.interchange import interchange
 from headwater.bench.mechanism import TrueMechanism
 from headwater.bench.rasp.compiler import CompileConfig, Compiled, all_inputs, compile_program
 from headwater.bench.rasp.language import RaspError, SOp
@@ -14,10 +17,11 @@ from headwater.bench.rasp.library import Program, programs
 from headwater.bench.rasp.words import word
 from headwater.core.errors import BehaviorError, MethodError, did_you_mean
 from headwater.core.results import load_result
+from headwater.localize.catalog import fitted
 
 _TRIES = 400  # draws a pair
 
-__all__ = ["behavior", "compile", "load", "names", "programs"]
+__all__ = ["behavior", "compile", "compress", "interchange", "load", "names", "programs"]
 
 
 def names() -> list[str]:
@@ -38,16 +42,11 @@ def compile(
     `options` are fields of CompileConfig: max_length, causal, sharpness, spare_heads, spare_neurons, scratch, seed.
     Raises RaspError, naming the expression that cannot be compiled, and MethodError for an unknown name or option.
     """
-    from headwater.localize.catalog import fitted
-
     known: Program | None = None
     if isinstance(program, str):
         known = programs.get(program)
         options = {"causal": known.causal, **options} if config is None else options
-    names_known = [field.name for field in fields(CompileConfig)]
-    for option in options:
-        if option not in names_known:
-            raise MethodError("unknown option of compile", got=repr(option), wanted=did_you_mean(option, names_known))
+    _check_options("compile", CompileConfig, options)
     chosen = fitted(CompileConfig, options) if config is None else replace(config, **options)
     if known is not None:
         tokens = known.vocabulary if vocabulary is None else vocabulary
@@ -55,6 +54,25 @@ def compile(
     if vocabulary is None:
         raise RaspError("a program of your own needs a vocabulary", fix="Pass the tokens that inputs are made of")
     return compile_program(program, vocabulary, name=name or getattr(program, "label", "") or "program", config=chosen)
+
+
+def compress(compiled: str | Compiled, config: CompressConfig | None = None, **options: Any) -> Compression:
+    """The same program in a narrower stream, with how faithful it is: see `headwater.bench.compress`.
+
+    `options` are fields of CompressConfig: d_model (needed), steps, batch, lr, init, stream_weight, seed.
+    """
+    wide = compile(compiled) if isinstance(compiled, str) else compiled
+    if config is None and "d_model" not in options:
+        raise MethodError("say how narrow", wanted=f"d_model below {wide.hf.config.hidden_size}")
+    _check_options("compress", CompressConfig, options)
+    return compress_compiled(wide, fitted(CompressConfig, options) if config is None else replace(config, **options))
+
+
+def _check_options(what: str, kind: Any, options: dict[str, Any]) -> None:
+    known = [field.name for field in fields(kind)]
+    for option in options:
+        if option not in known:
+            raise MethodError(f"unknown option of {what}", got=repr(option), wanted=did_you_mean(option, known))
 
 
 def load(folder: str | Path) -> tuple[Any, TrueMechanism]:

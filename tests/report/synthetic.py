@@ -15,6 +15,8 @@ from headwater.claims.ledger import Ledger
 from headwater.core.results import Provenance, Result
 from headwater.report.gather import Found, Gathered
 
+from .synthetic_bench import TABLES
+
 HOSTILE = '<script>alert("x")</script>'
 N_LAYERS, N_HEADS, N_KV = 30, 9, 3
 POSITIONS = ["start", "IO", "S1", "S1+1", "S2", "END"]
@@ -593,6 +595,7 @@ MAKERS = {
     "cdt": ("localize", lambda: node_map("cdt")),
     "head_codes": ("localize", lambda: node_map("head_codes")),
     "attention_tracing": ("localize", attention_tracing),
+    **{kind: (stage, lambda kind=kind, make=make: result(kind, make())) for kind, (stage, make) in TABLES.items()},
 }
 
 

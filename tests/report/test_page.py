@@ -232,17 +232,13 @@ def test_a_table_of_another_shape_costs_its_figure_not_the_page(kind: str) -> No
     assert "The verdict" in text
 
 
-def test_other_kinds_are_shown_as_tables() -> None:
-    run = synthetic.gathered(Path("runs/ioi"), "ledger")
-    run.found.append(
-        Found(
-            stage="circuit",
-            name="minimality",
-            result=synthetic.result("minimality", {"drops": [{"node": "a1.h1", "drop": 0.25}]}),
-        )
-    )
+def test_other_kinds_are_shown_with_their_charts_or_as_tables() -> None:
+    run = synthetic.gathered(Path("runs/ioi"), "ledger", "minimality")
+    unknown = synthetic.result("some_kind", {"found": [{"node": "a7.h1", "drop": 0.25}]})
+    run.found.append(Found(stage="circuit", name="some_kind", result=unknown))
     text = Parsed(render(run)).text
-    assert "Other results" in text and "minimality" in text and "a1.h1" in text
+    assert "Other results" in text and "some kind" in text and "a7.h1" in text
+    assert "faithfulness lost without it" in text
 
 
 def test_the_same_results_give_the_same_bytes(page: str) -> None:

@@ -3,9 +3,11 @@
 from typing import Any
 
 from headwater.report.charts.behaviors import behavior_report, canary, margins
+from headwater.report.charts.benches import learned_program, minimality, mips, published_scores
 from headwater.report.charts.circuits import circuit, faithfulness, null
 from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.comparisons import comparison, head_groups, reuse
+from headwater.report.charts.known import algebra, recovery, siit_report, superposition
 from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
@@ -37,6 +39,14 @@ KINDS = (
     "mechanism",
     "interchange",
     "compression",
+    "siit_report",
+    "recovery",
+    "superposition",
+    "algebra",
+    "learned_program",
+    "mips",
+    "published_scores",
+    "minimality",
     "comparison",
     "reuse",
     "head_groups",
@@ -65,6 +75,7 @@ def as_svg(result: Any, *, name: str = "chart") -> str:
 
 __all__ = [
     "KINDS",
+    "algebra",
     "as_svg",
     "attention_tracing",
     "attribution",
@@ -86,16 +97,23 @@ __all__ = [
     "incompleteness",
     "interchange",
     "interference",
+    "learned_program",
     "ledger",
     "margins",
     "mechanism",
     "mib_track",
+    "minimality",
+    "mips",
     "null",
     "optimal_ablation",
     "patching",
     "path_patching",
+    "published_scores",
+    "recovery",
     "reuse",
     "search",
+    "siit_report",
     "strongest_nodes",
     "subspace",
+    "superposition",
 ]

@@ -6,13 +6,26 @@ from headwater.report.sections.base import Context
 from headwater.report.sections.verdict import sources_block
 from headwater.report.words import count, duration, number, visible
 
+# Kinds that the sections before this one show.
+OWN_SECTION = {
+    "attribution",
+    "behavior_report",
+    "circuit",
+    "effect",
+    "faithfulness",
+    "heads",
+    "ledger",
+    "null",
+    "patching",
+}
+
 
 def other(context: Context) -> Section | None:
-    """Tables of results that have no section of their own; nothing where there are none."""
+    """Charts and tables of results that have no section of their own; nothing where there are none."""
     found = [
         item
         for item in context.run.found
-        if item.result.kind not in KINDS and item.result.tables and "pairs" not in item.result.tables
+        if item.result.kind not in OWN_SECTION and item.result.tables and "pairs" not in item.result.tables
     ]
     if not found:
         return None
@@ -23,7 +36,11 @@ def other(context: Context) -> Section | None:
         facts = {key: value for key, value in item.result.facts.items() if isinstance(value, str | int | float | bool)}
         section.blocks.append(Heading(text=f"{item.name.replace('_', ' ')} ({item.stage})"))
         section.blocks += [pairs(facts)] if facts else []
-        section.blocks += sources_block([source(item, name) for name in item.result.tables])
+        if item.result.kind in KINDS:
+            title, tables = item.result.kind.replace("_", " "), list(item.result.tables)
+            section.blocks.append(context.figure(item, item.result.chart, title=title, tables=tables))
+        else:
+            section.blocks += sources_block([source(item, name) for name in item.result.tables])
     return section
 
 

@@ -1,0 +1,70 @@
+"""Toy models with an answer key: features in superposition, modular addition, group composition.
+
+`toys.train("superposition_phases")` and the rest of `toys.toys.names()`; each gives a Result with its checks.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_NAMES = {
+    "Algebra": "algebra",
+    "AlgebraConfig": "training",
+    "AlgebraModel": "training",
+    "Group": "groups",
+    "Superposition": "superposing",
+    "SuperpositionConfig": "superposing",
+    "by_hand": "exact",
+    "cyclic": "groups",
+    "dihedral": "groups",
+    "group": "groups",
+    "group_composition": "training",
+    "load": "training",
+    "measure": "algebra",
+    "modular_addition": "training",
+    "superposition": "superposing",
+    "symmetric": "groups",
+    "toys": "catalog",
+    "train": "catalog",
+}
+
+__all__ = [
+    "Algebra",
+    "AlgebraConfig",
+    "AlgebraModel",
+    "Group",
+    "Superposition",
+    "SuperpositionConfig",
+    "by_hand",
+    "cyclic",
+    "dihedral",
+    "group",
+    "group_composition",
+    "load",
+    "measure",
+    "modular_addition",
+    "superposition",
+    "symmetric",
+    "toys",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'headwater.bench.toys' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"headwater.bench.toys.{_NAMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from headwater.bench.toys.algebra import Algebra, measure
+    from headwater.bench.toys.catalog import toys, train
+    from headwater.bench.toys.exact import by_hand
+    from headwater.bench.toys.groups import Group, cyclic, dihedral, group, symmetric
+    from headwater.bench.toys.superposing import Superposition, SuperpositionConfig, superposition
+    from headwater.bench.toys.training import AlgebraConfig, AlgebraModel, group_composition, load, modular_addition

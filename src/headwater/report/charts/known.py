@@ -1,0 +1,150 @@
+"""Charts of models whose mechanism is known: checks of trained models, recovered circuits, toy models."""
+
+from typing import Any
+
+import altair as alt
+
+from headwater.report.charts.parts import Row, data, heat, intervals, nothing, rows, themed
+from headwater.report.theme import color
+from headwater.report.words import number
+
+_PHASES = {"not represented": 0.0, "superposition": 0.5, "dedicated": 1.0}
+
+
+def siit_report(result: Any) -> Any:
+    """Each node's interchange accuracy with its interval: inside the circuit, and outside it."""
+    found = rows(result.tables.get("nodes"), "node", "role", "variables", "accuracy", "lo", "hi", "n", "moved")
+    shown: list[Row] = [
+        {
+            "label": f"{row['node']} {', '.join(row['variables'] or [])}".strip(),
+            "value": row["accuracy"],
+            "lo": row["lo"],
+            "hi": row["hi"],
+            "hue": "in the circuit" if "inside" in str(row["role"]) else str(row["role"]).replace("all ", ""),
+            "tip": f"{row['node']}: {number(row['accuracy'])} of {row['n']}, answers moved in {number(row['moved'])}",
+        }
+        for row in found
+        if row["accuracy"] is not None
+    ]
+    hues = {"model": color("null"), "in the circuit": color("pos"), "outside": color("neg")}
+    low = min([row["lo"] for row in shown if row["lo"] is not None], default=0.0)
+    return themed(
+        intervals(
+            shown, x="share of inputs with the right answers after the swap", hues=hues, domain=(min(low, 0.95), 1.0)
+        )
+    )
+
+
+def recovery(result: Any) -> Any:
+    """The nodes by their score, the true ones marked."""
+    found = rows(result.tables.get("nodes"), "node", "score", "true")
+    if not found:
+        return themed(nothing())
+    shown = [
+        {"node": row["node"], "score": row["score"], "of": "the circuit" if row["true"] else "outside",
+         "tip": f"{row['node']}: {number(row['score'])}"}
+        for row in found[:40]
+    ]  # fmt: skip
+    shade = alt.Color(
+        "of:N",
+        scale=alt.Scale(domain=["the circuit", "outside"], range=[color("pos"), color("null")]),
+        legend=alt.Legend(title=None, orient="top"),
+    )
+    chart = alt.Chart(data(shown)).mark_bar(height=11)
+    chart = chart.encode(
+        x=alt.X("score:Q", title="score (absolute)"),
+        y=alt.Y("node:N", sort=None, title=None),
+        color=shade,
+        description="tip:N",
+        tooltip="tip:N",
+    )
+    return themed(chart.properties(width=440, height=alt.Step(17)))
+
+
+def superposition(result: Any) -> Any:
+    """The phase diagram where importances differ; else the dimensions of every feature over sparsity."""
+    found = rows(result.tables.get("instances"), "density", "importance", "phase", "loss")
+    instances = [row for row in found if row["density"] is not None and row["importance"] is not None]
+    if len({row["importance"] for row in instances}) > 1:
+        return themed(_phases(instances))
+    found = rows(result.tables.get("features"), "density", "norm", "dimensionality", "fraction")
+    shown = [
+        {
+            "x": 1 / row["density"],
+            "y": row["dimensionality"],
+            "tip": f"{number(row['dimensionality'])}, near {row['fraction']}",
+        }
+        for row in found
+        if row["dimensionality"] is not None and (row["norm"] or 0) > 0.5
+    ]
+    if not shown:
+        return themed(nothing())
+    dots = (
+        alt.Chart(data(shown))
+        .mark_circle(size=22, opacity=0.45, color=color("pos"))
+        .encode(
+            x=alt.X("x:Q", scale=alt.Scale(type="log"), title="1 / density (sparser to the right)"),
+            y=alt.Y("y:Q", scale=alt.Scale(domain=[0, 1.05]), title="dimensions of a feature"),
+            description="tip:N",
+            tooltip="tip:N",
+        )
+    )
+    lines = [{"at": value} for value in (1.0, 3 / 4, 2 / 3, 1 / 2, 2 / 5, 3 / 8)]
+    rules = alt.Chart(data(lines)).mark_rule(color=color("null"), strokeDash=[3, 3], strokeWidth=0.6).encode(y="at:Q")
+    return themed(alt.layer(rules, dots).properties(width=460, height=300))
+
+
+def _phases(instances: list[Row]) -> Any:
+    cells = [
+        {
+            "x": number(row["importance"]),
+            "y": number(row["density"]),
+            "value": 2 * _PHASES.get(str(row["phase"]), 0.0) - 1,
+            "tip": f"density {number(row['density'])}, importance {number(row['importance'])}: {row['phase']}",
+        }
+        for row in sorted(instances, key=lambda row: (row["density"], row["importance"]))
+    ]
+    title = "the last feature: left out (-1), shared direction (0), own direction (1)"
+    return heat(
+        cells, x="relative importance of the last feature", y="density", title=title, legend="phase", extreme=1.0,
+        step=(44, 20),
+    )  # fmt: skip
+
+
+def algebra(result: Any) -> Any:
+    """The spectrum: each irrep's share of the logits, the embedding and the neurons."""
+    found = rows(result.tables.get("irreps"), "irrep", "embedding", "logits", "neurons", "key")
+    shown: list[Row] = [
+        {
+            "irrep": row["irrep"],
+            "share": row[part],
+            "part": part,
+            "key": "key" if row["key"] else "other",
+            "tip": f"{row['irrep']}: {number(row[part])} of the {part}",
+        }
+        for row in found
+        for part in ("embedding", "neurons", "logits")
+        if row[part] is not None
+    ]
+    if not shown:
+        return themed(nothing())
+    parts = list(dict.fromkeys(row["part"] for row in shown))
+    shade = alt.Color(
+        "key:N",
+        scale=alt.Scale(domain=["key", "other"], range=[color("pos"), color("null")]),
+        legend=alt.Legend(title=None, orient="top"),
+    )
+    chart = (
+        alt.Chart(data(shown))
+        .mark_bar()
+        .encode(
+            x=alt.X("irrep:N", sort=None, title=None, axis=alt.Axis(labelOverlap=True)),
+            y=alt.Y("share:Q", title="share of variance"),
+            color=shade,
+            row=alt.Row("part:N", sort=parts, title=None, header=alt.Header(orient="top", labelAnchor="start")),
+            description="tip:N",
+            tooltip="tip:N",
+        )
+        .properties(width=520, height=90)
+    )
+    return themed(chart)

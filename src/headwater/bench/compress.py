@@ -59,8 +59,8 @@ class Compression(Result):
     `tables["streams"]`: site, cosine (mean over positions between the wide stream and the narrow one read back, along
     the directions that somebody still reads there), error (mean over positions of the largest error along one of them,
     in units of the smallest distance of two values). `tables["curve"]`: step, loss, answers, stream (on inputs that
-    W is learned on). `tensors["projection"]`: W. facts: accuracy (share of positions where the narrow model says what the
-    interpreter says), accuracy_wide, n (inputs), d_model, d_wide.
+    W is learned on). `tensors["projection"]`: W. facts: accuracy (share of positions where the narrow model says what
+    the interpreter says), accuracy_wide, n (inputs), d_model, d_wide.
     """
 
     kind: ClassVar[str] = "compression"

@@ -42,16 +42,15 @@ def compile(
     `options` are fields of CompileConfig: max_length, causal, sharpness, spare_heads, spare_neurons, scratch, seed.
     Raises RaspError, naming the expression that cannot be compiled, and MethodError for an unknown name or option.
     """
-    known: Program | None = None
-    if isinstance(program, str):
-        known = programs.get(program)
-        options = {"causal": known.causal, **options} if config is None else options
+    known = programs.get(program) if isinstance(program, str) else None
+    if known is not None and config is None:
+        options = {"causal": known.causal, **options}
     _check_options("compile", CompileConfig, options)
     chosen = fitted(CompileConfig, options) if config is None else replace(config, **options)
     if known is not None:
         tokens = known.vocabulary if vocabulary is None else vocabulary
         return compile_program(known.make(), tokens, name=name or known.name, config=chosen)
-    if vocabulary is None:
+    if vocabulary is None or isinstance(program, str):
         raise RaspError("a program of your own needs a vocabulary", fix="Pass the tokens that inputs are made of")
     return compile_program(program, vocabulary, name=name or getattr(program, "label", "") or "program", config=chosen)
 

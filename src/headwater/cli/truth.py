@@ -1,7 +1,7 @@
 """truth list|compile: models whose mechanism is known."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,7 @@ def compile_(
     from headwater.bench import truth
     from headwater.core.errors import BehaviorError
 
-    options = {} if causal is None else {"causal": causal}
+    options: dict[str, Any] = {} if causal is None else {"causal": causal}
     compiled = truth.compile(name, max_length=max_length, seed=seed, **options)
     compiled.save(out)
     pairs, lacking = "pairs.parquet", ""

@@ -27,7 +27,7 @@ class MipsConfig:
     """
 
     seeds: int = 4
-    networks: int = 60
+    networks: int = 64
     iterations: int = 100
     error: float = 0.3
     held_out: int = 500
@@ -76,7 +76,7 @@ def mips(names: str | Iterable[str] | None = None, *, config: MipsConfig | None 
     Known failure: unbounded states that no affine,
     piecewise or modular formula moves (majority of three, palindromes).
     """
-    from headwater.localize.attribution import configured
+    from headwater.localize.attribution.eap import configured
 
     chosen = configured(MipsConfig, config, options)
     wanted = tasks.names() if names is None else [names] if isinstance(names, str) else list(names)
@@ -167,8 +167,8 @@ def _plan(task: Task, config: MipsConfig) -> Iterator[tuple[Architecture, int]]:
         return
     letters = len(task.alphabet)
 
-    def bilinear(*sizes: int) -> list[Architecture]:
-        return [Architecture(hidden=h, update="bilinear") for h in sizes if letters * h * h <= 600]
+    def bilinear(*sizes: int, most: int = 600) -> list[Architecture]:
+        return [Architecture(hidden=h, update="bilinear") for h in sizes if letters * h * h <= most]
 
     shapes = bilinear(2, 3, 4)
     shapes += [Architecture(hidden=h, readout=r) for h, r in ((1, 2), (1, 4), (2, 2), (2, 6))]
@@ -177,6 +177,8 @@ def _plan(task: Task, config: MipsConfig) -> Iterator[tuple[Architecture, int]]:
     shapes += bilinear(5, 6, 7, 8)
     shapes += [Architecture(hidden=1, update="mlp", width=w, readout=r) for w, r in ((2, 0), (3, 0), (4, 2))]
     shapes += [Architecture(hidden=2, update="mlp", width=w, readout=r) for w, r in ((4, 0), (8, 4))]
+    # Room to spare helps where the smallest network has only bad minima: larger matrices, last.
+    shapes += [arch for arch in bilinear(5, 9, 10, most=1300) if arch not in shapes]
     # Two starts of every shape before the third of any: most tasks that can be learned are learned early.
     for first in range(0, config.seeds, 2):
         yield from ((arch, seed) for arch in shapes for seed in seeds[first : first + 2])

@@ -100,7 +100,7 @@ def learn_program(task: str | SequenceTask, *, config: ProgramsConfig | None = N
     ranking by frequency and two kinds of brackets stay well below what a transformer reaches, so the table of seeds
     belongs to every claim.
     """
-    from headwater.localize.attribution import configured
+    from headwater.localize.attribution.eap import configured
 
     chosen = configured(ProgramsConfig, config, options)
     known = sequence_tasks.get(task) if isinstance(task, str) else task

@@ -140,7 +140,8 @@ def against_floor(name: str, title: str, rounds: int, peaks: bool) -> None:
         "headwater one evaluation": "evaluation",
     }
     memory = {
-        job: measure.peak_mb("benchmarks.localize.circuits", f"{name}:{key}") if peaks else None for job, key in keys.items()
+        job: measure.peak_mb("benchmarks.localize.circuits", f"{name}:{key}") if peaks else None
+        for job, key in keys.items()
     }
     rows = [
         [job, measure.Spread.of(spent[job]).text(), "" if job == "bare forward" else over[job].text(),

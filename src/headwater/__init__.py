@@ -89,7 +89,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from headwater import act, claims, core, localize, report, trace
+    from headwater import act, bench, claims, core, localize, report, trace
     from headwater.behavior import Room
     from headwater.behavior.table import Behavior
     from headwater.claims.claim import Claim

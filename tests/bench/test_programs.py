@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from headwater.bench.programs import LearnedProgram, ProgramShape, ProgramsConfig, learn_program, sequence_tasks
+from headwater.bench.programs import LearnedProgram, ProgramsConfig, ProgramShape, learn_program, sequence_tasks
 from headwater.bench.programs.export import to_python
 from headwater.bench.programs.learning import predictions
 from headwater.bench.programs.model import Choices, ProgramModel, tie_breaks
@@ -54,20 +54,19 @@ def plain(model: ProgramModel, choices: Choices, tokens: list[int]) -> list[list
     counts: list[list[int]] = []
     for layer in range(model.shape.layers):
         written = []
-        reach = [j if not model.causal else j for j in range(T)]
         for h in range(model.shape.heads):
             q, k, v = (variables[int(pick[f"{layer}.{part}"][h])] for part in "qkv")
             out = []
             for i in range(T):
                 wanted = int(pick[f"{layer}.predicate"][h, q[i]])
-                found = [j for j in reach if k[j] == wanted and (j <= i or not model.causal)]
+                found = [j for j in range(T) if k[j] == wanted and (j <= i or not model.causal)]
                 out.append(v[min(found, key=lambda j: (abs(i - j), j))] if found else v[0])
             written.append(out)
         for c in range(model.shape.counts):
             q, k = (variables[int(pick[f"{layer}.{part}"][c])] for part in ("cq", "ck"))
             rule = pick[f"{layer}.cpredicate"][c]
             counts.append(
-                [sum(k[j] == int(rule[q[i]]) and (j <= i or not model.causal) for j in reach) for i in range(T)]
+                [sum(k[j] == int(rule[q[i]]) and (j <= i or not model.causal) for j in range(T)) for i in range(T)]
             )
         for m in range(model.shape.mlps):
             a, b = ([*variables, *written][: len(variables) + model.shape.heads] for _ in range(2))

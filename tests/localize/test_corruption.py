@@ -10,6 +10,7 @@ import torch
 import headwater as hw
 from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError, SiteError
+from headwater.localize.engine.cost import counted
 from headwater.localize.engine.passes import Engine, Scored, make_batches
 from headwater.localize.engine.planning import plan
 from headwater.localize.engine.sweep import Joint, Sweep, Target
@@ -254,7 +255,7 @@ def test_spans_and_sets_by_name(tiny_model: Any) -> None:
 def test_metrics_side_by_side(tiny_model: Any) -> None:
     ioi = hw.behavior("ioi", n=12, seed=0)
     names = ("prob_diff", "prob", "kl", "rank")
-    with hw.localize.cost.counted(tiny_model) as ran:
+    with counted(tiny_model) as ran:
         result = hw.localize.patch(tiny_model, ioi, sites="head", metrics=names)
     alone = {name: hw.localize.patch(tiny_model, ioi, sites="head", metric=name) for name in ("logit_diff", *names)}
     assert ran.passes >= result.facts["ran"]["passes"] == alone["kl"].facts["ran"]["passes"]

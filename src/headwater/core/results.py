@@ -288,8 +288,8 @@ def _result_type(kind: str) -> "type[Result]":
     if kind not in _results:
         for room in _ROOMS:
             package = importlib.import_module(room)
-            for module in pkgutil.iter_modules(package.__path__):
-                importlib.import_module(f"{room}.{module.name}")
+            for module in pkgutil.walk_packages(package.__path__, f"{room}."):
+                importlib.import_module(module.name)
     return _results.get(kind)
 
 

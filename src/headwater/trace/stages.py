@@ -14,10 +14,10 @@ from headwater.core.results import Provenance, Result
 from headwater.core.store import RunFolder
 from headwater.localize.attribution.eap import AttributionResult, methods
 from headwater.localize.circuit import Circuit
-from headwater.localize.judging.faithfulness import completeness, curve
-from headwater.localize.graph import head_of
 from headwater.localize.comparing.heads import HeadsResult
 from headwater.localize.comparing.heads import heads as find_heads
+from headwater.localize.graph import head_of
+from headwater.localize.judging.faithfulness import completeness, curve
 from headwater.trace import tests
 from headwater.trace.verdict import verdict
 

@@ -9,8 +9,8 @@ import torch
 from headwater.claims import Context, Outcome, sign_flip, test
 from headwater.claims.claim import DORMANT_CHECK, SUBSPACE
 from headwater.core.errors import ClaimError
-from headwater.localize.stats import ratio
 from headwater.localize.comparing.subspace import SubspaceResult, subspace_check
+from headwater.localize.stats import ratio
 
 
 @test("subspace_carries")

@@ -25,8 +25,8 @@ from headwater.claims import (
 )
 from headwater.core.errors import ClaimError
 from headwater.localize.circuit import Circuit
-from headwater.localize.judging.faithfulness import NullResult, Values, evaluate_masks
 from headwater.localize.comparing.heads import HeadsResult, attention_to_places, metric_values
+from headwater.localize.judging.faithfulness import NullResult, Values, evaluate_masks
 from headwater.localize.judging.nulls import random_circuits
 from headwater.localize.stats import ratio
 from headwater.trace import subspaces as subspaces  # registers its test with these

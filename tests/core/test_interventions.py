@@ -28,7 +28,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @torch.no_grad()
-def hooked(model: Model, where: str, change: Change) -> torch.Tensor:
+def hooked(model: Model, where: str, change: Change, ids: torch.Tensor = IDS) -> torch.Tensor:
     """Logits with a bare hook. where: "layer.N" output, or "o_proj.N" input as [B, T, H, K]."""
     name, number = where.split(".")
     layer = model.hf.model.layers[int(number)]
@@ -48,7 +48,7 @@ def hooked(model: Model, where: str, change: Change) -> torch.Tensor:
     else:
         handle = layer.self_attn.o_proj.register_forward_pre_hook(before)
     try:
-        return model.hf(IDS).logits
+        return model.hf(ids).logits
     finally:
         handle.remove()
 
@@ -123,6 +123,28 @@ def test_every_operation_at_every_sort_of_position(model: Model, op: str, place:
     suffix, positions, index = PLACES[place]
     changed = make(f"resid_post.1{suffix}", positions=positions)
     assert_same(model, changed, "layer.1", at(index, edit), positions=NAMED)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 5])
+@pytest.mark.parametrize("positions", [None, [1, 0, -1]])
+def test_directions_are_no_rows_of_prompts(model: Model, rank: int, positions: list[int] | None) -> None:
+    """As many directions as prompts, in batches of several lengths: every prompt gets all of them."""
+    prompts = [[3, 5, 7], [2, 4], [9, 8, 1]]
+    directions, source = random(rank, D, seed=rank), random(3, D, seed=9)
+    basis = torch.linalg.qr(directions.T)[0]
+    if positions is None:
+        swap = hw.swap_subspace("resid_post.1", V, directions)
+    else:
+        swap = hw.swap_subspace("resid_post.1", source, directions, positions=torch.tensor(positions))
+    together = model.run(prompts, interventions=[swap], logits="last").logits
+    for i, prompt in enumerate(prompts):
+        row, where = (V, slice(None)) if positions is None else (source[i], positions[i])
+
+        def edit(x: torch.Tensor, row: torch.Tensor = row) -> torch.Tensor:
+            return x + (row - x) @ basis @ basis.T
+
+        alone = hooked(model, "layer.1", at((slice(None), where), edit), torch.tensor([prompt]))[0, -1]
+        assert float((together[i] - alone).abs().max()) < TOLERANCE
 
 
 def test_heads(model: Model) -> None:

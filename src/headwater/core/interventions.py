@@ -107,7 +107,8 @@ def _as(value: Any, x: torch.Tensor) -> torch.Tensor:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        value = torch.as_tensor(value)
+        rows = isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
+        value = torch.stack(value) if rows else torch.as_tensor(value)
     if torch.is_grad_enabled() and value.is_inference():
         value = value.clone()
     return value.to(device=x.device, dtype=x.dtype)

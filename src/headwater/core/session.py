@@ -377,11 +377,13 @@ class Session:
         return x
 
     def _for_rows(self, intervention: Intervention, x: torch.Tensor, rows: torch.Tensor | None) -> Intervention:
-        """Values that have one row a prompt, cut to the prompts of this batch."""
+        """Values that have one row a prompt, cut to the prompts of this batch; directions stay whole."""
         n, mine = self.window.n_prompts, self.window.rows
         changed: dict[str, Any] = {}
         for name in ("value", "source"):
             value = getattr(intervention, name)
+            if name == "value" and intervention.op in ("project_out", "swap_subspace"):
+                continue  # rows of directions, however many there are: they are not one a prompt
             if isinstance(value, list) and value and isinstance(value[0], torch.Tensor):
                 kept = range(len(value)) if mine is None else mine.tolist()
                 if len({value[i].shape for i in kept}) > 1:

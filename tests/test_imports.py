@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "headwater"
-STAGES = {"behavior", "localize", "act"}
+STAGES = {"behavior", "localize", "act", "dynamics"}
 BELOW = {"core": set[str](), "claims": {"core"}}
 BELOW |= {stage: {"core", "claims", "behavior"} for stage in STAGES}
 BELOW["report"] = {"core", "claims", *STAGES}

@@ -32,7 +32,14 @@ FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 # Where result types live; asked only when a folder holds a kind that nothing imported so far registers. By name, so
 # that no import points upwards.
-_ROOMS = ("headwater.behavior", "headwater.localize", "headwater.claims", "headwater.act", "headwater.bench")
+_ROOMS = (
+    "headwater.behavior",
+    "headwater.localize",
+    "headwater.claims",
+    "headwater.act",
+    "headwater.dynamics",
+    "headwater.bench",
+)
 _results: Registry["type[Result]"] = Registry("result", error=StoreError)
 R = TypeVar("R", bound="type[Result]")
 

@@ -70,7 +70,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise store_error(error, path, "create") from error
-        lock = _take_lock(path)
+        lock = take_lock(path)
         try:
             run = cls(path, {}, lock)
             run._write_head(config)
@@ -94,7 +94,7 @@ class RunFolder:
             raise StoreError("no such run", got=path, fix="Give the folder that `headwater trace --out` wrote")
         head = read_json(path / "run.json", what="run.json (what makes a folder a run)")
         check_format(head.get("format"), RUN_FORMAT, path)
-        lock = _lock or (_take_lock(path) if write else None)
+        lock = _lock or (take_lock(path) if write else None)
         if lock is not None:
             try:
                 clean_leftovers(path)
@@ -230,7 +230,7 @@ def _changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [key for key in keys if to_json(old.get(key)) != to_json(new.get(key))]
 
 
-def _take_lock(path: Path) -> IO[bytes]:
+def take_lock(path: Path) -> IO[bytes]:
     """Lock the run for this process. The operating system frees it when the process ends, also by kill -9."""
     try:
         file = (path / "run.lock").open("ab")

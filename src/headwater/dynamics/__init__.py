@@ -1,0 +1,34 @@
+"""dynamics, stage 3: when a mechanism formed.
+
+`train` makes small models from scratch with a data order that can be rebuilt; `CheckpointSeries` reads the checkpoints
+of a run, a folder or the hub; `track` measures them into a `Timeline`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_PLACES = {
+    "train": "headwater.dynamics.lab.training",
+    "TrainConfig": "headwater.dynamics.lab.config",
+    "TrainingRun": "headwater.dynamics.lab.run",
+}
+
+__all__ = ["TrainConfig", "TrainingRun", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'headwater.dynamics' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_PLACES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from headwater.dynamics.lab.config import TrainConfig
+    from headwater.dynamics.lab.run import TrainingRun
+    from headwater.dynamics.lab.training import train

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 from headwater.bench import published
 from headwater.bench.published import Interchange, Ravel, fit_subspace, swapped
 from headwater.bench.published.find import normalized_error
-from headwater.bench.published.interchange import first_token, positions
+from headwater.bench.published.interchange import first_token, known, positions
 from headwater.core.errors import BehaviorError, MethodError
 from headwater.core.results import load_result
 
@@ -156,10 +157,13 @@ def test_ravel_scores_on_a_tiny_model(tiny_model: "Model", ravel_folder: Path, t
 def test_ravel_reads_the_published_files(shared_data: Path) -> None:
     for domain in ("city", "verb", "occupation", "physical_object", "nobel_prize_winner"):
         data = Ravel.load(shared_data / "ravel", domain)
-        for attribute in data.prompts:
+        for attribute in data.measured:
             pairs = data.pairs(attribute, n=4, split="train")
             assert len(pairs) == 8, (domain, attribute)
             assert all(pair.source[: pair.source_end].endswith(pair.details["source_entity"]) for pair in pairs)
+        assert set(data.prompts) - set(data.measured) == ({"Gender Bias"} if domain == "occupation" else set())
+    with pytest.raises(BehaviorError, match=r"no values.*Gender Bias.*Industry"):
+        Ravel.load(shared_data / "ravel", "occupation").pairs("Gender Bias", n=2)
 
 
 # --- CausalGym --------------------------------------------------------------------------------------------------------
@@ -176,6 +180,8 @@ ROWS = [
 def test_causalgym_formats(tmp_path: Path) -> None:
     pairs = published.read_pairs(write(tmp_path / "pairs.json", ROWS))
     assert pairs[0].base == ("The boy",)
+    joined = [{**ROWS[0], "base": ["<|endoftext|>The", " boy"], "src": ["<|endoftext|>The", " boys"]}]
+    assert published.read_pairs(write(tmp_path / "joined.json", joined))[0].base == ("The", " boy")
     assert (pairs[0].base_type, pairs[0].source_label, pairs[0].task) == ("one", " has", "toy")
     line = {"clean_prefix": "The boy near the car", "patch_prefix": "The boys near the car", "clean_answer": " is",
             "patch_answer": " are", "case": "singular_singular"}  # fmt: skip
@@ -200,7 +206,21 @@ def test_causalgym_templates(tmp_path: Path) -> None:
         "labels": {"plural": ["are"], "singular": ["is"]},
         "variables": {"subject": {"singular": ["boy"], "plural": ["boys"]}, "verb": ["saw"], "object": ["car", "cars"]},
     }  # fmt: skip
-    path = write(tmp_path / "templates.json", {"agr": spec})
+    linked = {
+        "templates": ["The {noun}{insert} {vp.verb} {vp.cont}"], "label": "insert", "result_prepend_space": False,
+        "labels": {"yes": [" fell"], "no": ["."]},
+        "variables": {"noun": ["boy", "girl"], "insert": {"yes": [" who was"], "no": [""]},
+                      "vp.verb": ["sent", "given", "shown"], "vp.cont": ["home", "bread", "maps"]},
+    }  # fmt: skip
+    path = write(tmp_path / "templates.json", {"agr": spec, "garden": linked})
+    assert published.template_names(path) == ["agr", "garden"]
+    together = set()
+    for pair in published.sample_template(path, "garden", n=30):
+        assert pair.base[0] == "The" and pair.base[1] in (" boy", " girl") and "" in (pair.base[2], pair.source[2])
+        assert pair.base[3:] == pair.source[3:]
+        assert {pair.base_label, pair.source_label} == {" fell", "."}
+        together.add("".join(pair.base[3:]))
+    assert together == {" sent home", " given bread", " shown maps"}
     for pair in published.sample_template(path, "agr", n=20):
         number = {"boy": "singular", "boys": "plural"}
         base, source = "".join(pair.base).split(), "".join(pair.source).split()
@@ -209,6 +229,22 @@ def test_causalgym_templates(tmp_path: Path) -> None:
         assert pair.base_label == {"plural": " are", "singular": " is"}[pair.base_type]
     with pytest.raises(BehaviorError, match="agr"):
         published.sample_template(path, "agrr", n=1)
+
+
+def test_missing_data_is_named_with_where_it_comes_from(tmp_path: Path) -> None:
+    calls: list[tuple[str, Callable[[Path], Any]]] = [
+        ("explanare/ravel", lambda path: Ravel.load(path)),
+        ("causalgym", published.read_pairs),
+        ("syntaxgym", lambda path: published.sample_template(path, "agr", n=1)),
+        ("MIB", lambda path: published.read_rows(path, "answerPosition")),
+        ("ioi_templates.json.*MIB", lambda path: published.indirect_object(path, n=1)),
+        ("multimodal-interpretability/FIND", lambda path: published.load_find(path, "strings")),
+        ("ll_model.pth.*InterpBench", published.interpbench),
+    ]
+    for says, call in calls:
+        with pytest.raises(BehaviorError, match=f"(?s)nothing.*{says}") as error:
+            call(tmp_path / "nothing")
+        assert "\n\n" not in str(error.value)
 
 
 def test_full_swap_at_the_end_of_the_last_layer_reverses_the_odds(tiny_model: "Model", tmp_path: Path) -> None:
@@ -253,6 +289,7 @@ def test_mib_rows(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.json", [row])
     (pair,) = published.read_rows(path, "answerPosition", variable="answer_pointer")
     assert (pair.answer, pair.expected, pair.label, pair.source_label) == (" B", " A", "1", "0")
+    assert pair.source_answer == " C"
     (pair,) = published.read_rows(path, "answerPosition_counterfactual")
     assert (pair.answer, pair.expected) == (" B", " C")
     with pytest.raises(BehaviorError, match="randomLetter"):
@@ -305,6 +342,26 @@ def test_causal_variable_scores(tiny_model: "Model") -> None:
     assert behavior.n == 12
 
 
+def test_only_pairs_whose_two_prompts_are_answered_are_kept(tiny_model: "Model") -> None:
+    prompts = ["The boy is", "The girl was", "Then Mary went"]
+    said = [tiny_model.tokenizer.decode([i]) for i in tiny_model.run(prompts, logits="last").logits.argmax(-1).tolist()]
+    if any(first_token(tiny_model, p, w) is None for p, w in zip(prompts, said, strict=True)):
+        pytest.skip("the tiny model's words do not follow as tokens of their own")
+    wrong = " Paris"
+    assert wrong not in said
+
+    def pair(base: int, answer: str, source: int, source_answer: str | None) -> Interchange:
+        return Interchange(
+            base=prompts[base], source=prompts[source], answer=answer, expected=wrong, source_answer=source_answer
+        )
+
+    pairs = [
+        pair(0, said[0], 1, said[1]), pair(0, said[0], 2, wrong), pair(1, wrong, 2, said[2]), pair(2, said[2], 0, None),
+    ]  # fmt: skip
+    assert known(tiny_model, pairs) == [True, False, False, True]
+    assert known(tiny_model, []) == []
+
+
 def test_mib_lists_of_the_published_files(shared_data: Path) -> None:
     for pair in published.indirect_object(shared_data / "mib", n=30):
         names = [name.strip() for name in (pair.answer, pair.expected)]
@@ -343,6 +400,7 @@ def test_find_is_read_without_being_run(find_folder: Path) -> None:
     good = published.find(functions, {"f00000": lambda s: s + "X"})
     half = published.find(functions, {"f00000": lambda s: "catX" if s == "cat" else 1 / 0})
     assert (good.value("agreement", "proposal"), half.value("agreement", "proposal")) == (1.0, 0.5)
+    assert good.value("agreement", "copy") == 0.0
     assert "ZeroDivisionError" in half.facts["failed"]["f00000"]
     with pytest.raises(MethodError, match="allow_code"):
         published.find(functions, {"f00000": "def f(s):\n    return s + 'X'"})
@@ -364,8 +422,25 @@ def test_find_runs_code_only_when_told_to(find_folder: Path) -> None:
     with pytest.raises(MethodError, match="allow_code"):
         published.find(functions, {"f00000": lambda x: x})  # the published code would be run for the truth
     told = published.find(functions, {"f00000": lambda x: 2 * x}, truths={"f00000": lambda x: 2 * x + 1})
-    xs = [(i + 0.5) * 10 / 128 for i in range(128)]
-    assert told.value("nmse", "proposal") == pytest.approx(128 / sum((2 * x + 1) ** 2 for x in xs))
+    xs = [i + 0.5 for i in range(-128, 128)]
+    assert told.value("nmse", "proposal") == pytest.approx(256 / sum((2 * x + 1) ** 2 for x in xs))
+    told = published.find(
+        functions, {"f00000": lambda x: 2 * x}, truths={"f00000": lambda x: 2 * x + 1}, points=[0.0, 2.0]
+    )
+    assert told.value("nmse", "proposal") == pytest.approx(2 / 26)
+    assert told.value("indicator", "proposal", task="all") == 1.0
+
+
+def test_published_code_finds_the_weights_beside_it(find_folder: Path) -> None:
+    folder = find_folder / "numeric" / "f00000"
+    torch.save({"slope": torch.tensor(3.0)}, folder / "mlp_approx_model.pt")
+    (folder / "function_code.py").write_text(
+        "import os, torch\nhere = os.path.dirname(os.path.abspath(__file__))\n"
+        "def function(x):\n    return torch.load(os.path.join(here, 'mlp_approx_model.pt'))['slope'].item() * x\n"
+    )
+    functions = published.load_find(find_folder / "numeric")
+    found = published.find(functions, {"f00000": lambda x: 3 * x}, allow_code=True, points=[1.0, 2.0])
+    assert found.value("nmse", "proposal") == 0.0
 
 
 def test_find_ends_code_that_does_not(find_folder: Path) -> None:
@@ -380,7 +455,7 @@ def test_find_refuses_odd_folders(tmp_path: Path, find_folder: Path) -> None:
     with pytest.raises(BehaviorError, match="strings"):
         published.load_find(tmp_path / "string")
     (tmp_path / "neurons_entities").mkdir()
-    with pytest.raises(BehaviorError, match="no FIND functions"):
+    with pytest.raises(BehaviorError, match="FIND's data is not at"):
         published.load_find(tmp_path / "neurons_entities")
     write(find_folder / "numeric" / "data.json", [{"dir": "../../secret"}])
     with pytest.raises(BehaviorError, match="oddly"):
@@ -396,6 +471,75 @@ def test_normalized_error() -> None:
     assert normalized_error([1.0], [None]) == math.inf
     assert normalized_error([0.0], [0.0]) == 0.0
     assert normalized_error([0.0], [1.0]) == math.inf
+
+
+# --- InterpBench ------------------------------------------------------------------------------------------------------
+
+
+def write_hooked(folder: Path, circuit: tuple[str, ...], edges: list[tuple[str, str]]) -> Path:
+    """A folder as InterpBench lays it out, of a model in which only the nodes named write anything."""
+    g = torch.Generator().manual_seed(0)
+    layers, heads, d, k, m, vocab = 2, 2, 8, 4, 16, 7
+    config: dict[str, Any] = {
+        "n_layers": layers, "n_heads": heads, "d_model": d, "d_head": k, "d_mlp": m, "d_vocab": vocab,
+        "d_vocab_out": 3, "n_ctx": 6, "act_fn": "gelu", "normalization_type": None, "eps": 1e-5,
+        "attention_dir": "causal", "positional_embedding_type": "standard",
+    }  # fmt: skip
+
+    def r(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    state = {"embed.W_E": r(vocab, d), "pos_embed.W_pos": r(6, d), "unembed.W_U": r(d, 3), "unembed.b_U": r(3)}
+    for i in range(layers):
+        b = f"blocks.{i}"
+        for letter in "QKV":
+            state |= {f"{b}.attn.W_{letter}": r(heads, d, k), f"{b}.attn.b_{letter}": r(heads, k)}
+        out = r(heads, k, d) * torch.tensor([float(f"a{i}.h{h}" in circuit) for h in range(heads)])[:, None, None]
+        state |= {f"{b}.attn.W_O": out, f"{b}.attn.b_O": r(d), f"{b}.mlp.W_in": r(d, m), f"{b}.mlp.b_in": r(m)}
+        state |= {f"{b}.mlp.W_out": r(m, d) * float(f"m{i}" in circuit), f"{b}.mlp.b_out": r(d)}
+    folder.mkdir()
+    torch.save(state, folder / "ll_model_510.pth")
+    (folder / "meta_510.json").write_text("{}")
+    (folder / "ll_model_cfg_510.json").write_text(json.dumps(config))
+    (folder / "edges.pkl").write_bytes(pickle.dumps(edges))
+    return folder
+
+
+EDGES = [
+    ("blocks.0.hook_resid_pre", "blocks.0.hook_v_input[1]"),
+    ("blocks.0.attn.hook_result[1]", "blocks.1.hook_mlp_in"),
+    ("blocks.1.hook_mlp_out", "blocks.1.hook_resid_post"),
+]
+
+
+def test_interpbench_nodes_of_the_circuit_and_no_others_move_the_output(tmp_path: Path) -> None:
+    folder = write_hooked(tmp_path / "11", ("a0.h1", "m1"), EDGES)
+    found = published.interpbench(folder, n=12, length=6)
+    rows = {row["site"]: row for row in found.to_frame().filter(found.to_frame()["measure"] == "effect").to_dicts()}
+    assert {node: row["position"] for node, row in rows.items() if row["position"] == "circuit"} == {
+        "a0.h1": "circuit", "m1": "circuit",
+    }  # fmt: skip
+    for node, row in rows.items():
+        assert (row["value"] > 0.05) if row["position"] == "circuit" else (row["value"] < 1e-6), node
+    assert found.value("node_auroc", "interchange") == 1.0
+    chance = found.to_frame().filter(found.to_frame()["method"] == "random").to_dicts()[0]
+    assert chance["lo"] < 0.5 < chance["hi"]
+    # a circuit that names the wrong nodes is found out
+    wrong = write_hooked(tmp_path / "12", ("a0.h0", "m0"), EDGES)
+    assert published.interpbench(wrong, n=12).value("node_auroc", "interchange") == 0.25  # ties count half
+    # by hand: the effect of one head on one pair
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6], [0, 2, 1], [3, 3, 5]])
+    told = published.interpbench(folder, tokens=tokens)
+    from headwater.bench.siit import load_interpbench
+    from headwater.core.interventions import replace
+
+    model = load_interpbench(folder).model
+    base, other = model.run(tokens[:2]).logits, model.run(tokens[2:], capture=["z.0.h1"])
+    moved = model.run(tokens[:2], interventions=[replace("z.0.h1", other["z.0.h1"])]).logits
+    shares = (moved - base).flatten(1).norm(dim=1) / (other.logits - base).flatten(1).norm(dim=1)
+    assert told.value("effect", "interchange", site="a0.h1") == pytest.approx(float(shares.mean()), rel=1e-5)
+    with pytest.raises(MethodError, match="pairs of inputs"):
+        published.interpbench(folder, tokens=tokens[:3])
 
 
 # --- the real model ---------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Published benchmarks, read in their own formats: RAVEL, CausalGym, FIND, and MIB's causal variables."""
+"""Published benchmarks, read in their own formats: RAVEL, CausalGym, FIND, InterpBench, and MIB's causal variables."""
 
-from headwater.bench.published.causalgym import MinimalPair, causalgym, read_pairs, sample_template
+from headwater.bench.published.causalgym import MinimalPair, causalgym, read_pairs, sample_template, template_names
 from headwater.bench.published.find import FindFunction, find
 from headwater.bench.published.find import load as load_find
 from headwater.bench.published.interchange import Interchange, fit_subspace, swapped
+from headwater.bench.published.interpbench import interpbench
 from headwater.bench.published.mib import (
     arithmetic,
     as_behavior,
@@ -28,6 +29,7 @@ __all__ = [
     "find",
     "fit_subspace",
     "indirect_object",
+    "interpbench",
     "load_find",
     "multiple_choice",
     "ravel",
@@ -35,4 +37,5 @@ __all__ = [
     "read_rows",
     "sample_template",
     "swapped",
+    "template_names",
 ]

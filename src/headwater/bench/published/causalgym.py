@@ -5,8 +5,8 @@ published templates (`syntaxgym.json`), and agreement pairs of Marks et al. (202
 clean_answer, patch_answer, case).
 """
 
-import json
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,16 @@ from typing import Any
 import polars as pl
 import torch
 
+from headwater.bench.published.files import missing, read_list
 from headwater.bench.published.interchange import Interchange, base_vectors, first_token, fit_subspace, swapped
 from headwater.bench.published.result import SCHEMA, PublishedScores, score_row
 from headwater.core.errors import BehaviorError, did_you_mean
 from headwater.core.files import read_json
 from headwater.core.model import Model
 from headwater.core.results import Provenance
+
+_END_OF_TEXT = "<|endoftext|>"
+_SPANS = re.compile(r"(?<=\})|(?= \{)|(?<! )(?=\{)")  # a variable with the space before it is a span of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +70,7 @@ class MinimalPair:
 
 def read_pairs(path: str | Path) -> list[MinimalPair]:
     """Pairs from a JSON or JSONL file, in CausalGym's format or that of the agreement pairs. Raises BehaviorError."""
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
-    except ValueError as error:
-        raise BehaviorError(f"{Path(path).name} is no JSON or JSONL file", got=str(error)) from None
-    return [_pair(row, number, Path(path).stem) for number, row in enumerate(rows, 1)]
+    return [_pair(row, number, Path(path).stem) for number, row in enumerate(read_list(path, "CausalGym"), 1)]
 
 
 def _pair(row: Any, number: int, name: str) -> MinimalPair:
@@ -110,52 +109,65 @@ def _spans(value: Any) -> tuple[str, ...]:
     if isinstance(value, str):
         words = value.split(" ")
         return (words[0], *(f" {word}" for word in words[1:]))
-    # the published spans begin with the end-of-text token of the Pythia models, which is not every tokenizer's
-    return tuple(str(span) for span in value if span != "<|endoftext|>")
+    # the published sentences begin with the end-of-text token of the Pythia models, which is not every tokenizer's
+    spans = [str(span).removeprefix(_END_OF_TEXT) for span in value if span != _END_OF_TEXT]
+    return tuple(spans)
+
+
+def template_names(path: str | Path) -> list[str]:
+    """The tasks in a file of CausalGym's templates."""
+    return list(_templates(path))
+
+
+def _templates(path: str | Path) -> dict[str, Any]:
+    if not Path(path).is_file():
+        raise missing("CausalGym", Path(path))
+    return read_json(Path(path), what="CausalGym's templates")
 
 
 def sample_template(path: str | Path, task: str, *, n: int, seed: int = 0) -> list[MinimalPair]:
-    """`n` pairs from the published templates, which differ in one label variable. Raises BehaviorError."""
-    import re
+    """`n` pairs from the published templates (`syntaxgym.json`), which differ in the task's label variables.
 
-    data = read_json(Path(path), what="CausalGym's templates")
+    Variables that share the part of their name before a dot are chosen together, as published. Raises BehaviorError
+    for an unknown task.
+    """
+    data = _templates(path)
     if task not in data:
         raise BehaviorError("the templates hold no such task", got=task, wanted=did_you_mean(task, data))
     spec = data[task]
     rng = random.Random(f"headwater-causalgym:{task}:{seed}")
+    return [_sampled(spec, task, rng) for _ in range(n)]
+
+
+def _sampled(spec: dict[str, Any], task: str, rng: random.Random) -> MinimalPair:
     labels = spec["label"] if isinstance(spec["label"], list) else [spec["label"]]
-    types = list(spec["labels"])
-    made = []
-    for _ in range(n):
-        one, other = rng.sample(types, 2)
-        spans = re.split(r"(?<=\})|(?= \{)|(?<! )(?=\{)", rng.choice(spec["templates"]))
-        base, source = [], []
-        for span in (span for span in spans if span):
-            named = re.findall(r"\{(.+?)\}", span)
-            values = [span, span]
-            for variable in named:
-                options = spec["variables"][variable]
-                if variable in labels:
-                    chosen = [rng.choice(options[one]), rng.choice(options[other])]
-                else:
-                    chosen = [rng.choice(options)] * 2
-                space = " " if variable in labels and spec.get("label_prepend_space") else ""
-                values = [v.replace("{" + variable + "}", space + c) for v, c in zip(values, chosen, strict=True)]
-            base.append(values[0])
-            source.append(values[1])
-        space = " " if spec.get("result_prepend_space", True) else ""
-        made.append(
-            MinimalPair(
-                base=tuple(base),
-                source=tuple(source),
-                base_label=space + rng.choice(spec["labels"][one]),
-                source_label=space + rng.choice(spec["labels"][other]),
-                base_type=one,
-                source_type=other,
-                task=task,
-            )
-        )
-    return made
+    one, other = rng.sample(list(spec["labels"]), 2)
+    rows: dict[str, int] = {}  # of variables that are chosen together: which
+    base, source = [], []
+    for span in filter(None, _SPANS.split(rng.choice(spec["templates"]))):
+        values = [span, span]
+        for variable in re.findall(r"\{(.+?)\}", span):
+            options = spec["variables"][variable]
+            group, dot, _ = variable.partition(".")
+            if variable in labels:
+                chosen = [rng.choice(options[one]), rng.choice(options[other])]
+            elif dot:
+                chosen = [options[rows.setdefault(group, rng.randrange(len(options)))]] * 2
+            else:
+                chosen = [rng.choice(options)] * 2
+            values = [v.replace("{" + variable + "}", c) for v, c in zip(values, chosen, strict=True)]
+        base.append(values[0])
+        source.append(values[1])
+    space = " " if spec["result_prepend_space"] else ""
+    return MinimalPair(
+        base=tuple(base),
+        source=tuple(source),
+        base_label=space + rng.choice(spec["labels"][one]),
+        source_label=space + rng.choice(spec["labels"][other]),
+        base_type=one,
+        source_type=other,
+        task=task,
+    )
 
 
 def causalgym(
@@ -173,9 +185,13 @@ def causalgym(
 
     After Arora, Jurafsky & Potts (2024): log [p(base's word) / p(source's word)] without the change, less the same with
     it; 0 leaves the choice, the full swap at the right place reverses it. Directions are fitted at each site and span
-    on training pairs. `overall` is, for each method, the mean over sites of the best span. Pairs are also used the
-    other way round. Raises BehaviorError for too few pairs, or pairs with different numbers of spans. Known failure:
-    a direction that merely makes both words unlikely moves the ratio too.
+    on training pairs. `overall` is, for each method, the mean over sites of the best span, as published; its interval
+    is over sites. Pairs are also used the other way round (`n` counts both). `accuracy`: the share of sentences after
+    which the model prefers the right word. Raises BehaviorError for too few pairs, or pairs with different numbers of
+    spans.
+
+    Known failure: the best span is chosen on the pairs that it is scored on, so that even a random direction's overall
+    lies above 0: compare with it, not with 0.
     """
     began = time.perf_counter()
     usable = [pair for pair in pairs if _ids(model, pair) is not None]

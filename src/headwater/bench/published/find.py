@@ -3,8 +3,9 @@
 Reads the published folders: CATEGORY/data.json (numeric: formula, domain), CATEGORY/test_data.json and
 unit_test_data.json (strings: descriptions, and inputs with three candidate outputs each),
 CATEGORY/fNNNNN/function_code.py. The code in those folders is text to this adapter. It runs only where the user says
-allow_code=True, in a process of its own that is ended after some seconds: that keeps a mistake away from this
-process, and is no protection against malice.
+allow_code=True, in a process of its own that is ended after some seconds and works in the function's own folder (the
+numeric functions read a file of weights there): that keeps a mistake away from this process, and is no protection
+against malice.
 """
 
 import ast
@@ -20,29 +21,28 @@ from typing import Any
 
 import polars as pl
 
+from headwater.bench.published.files import missing
 from headwater.bench.published.result import SCHEMA, PublishedScores, score_row
 from headwater.core.errors import BehaviorError, MethodError, did_you_mean
 from headwater.core.results import Provenance
 
 CATEGORIES = ("numeric", "strings", "neurons_entities", "neurons_relations")
 THRESHOLD = 0.1  # of the normalized squared error below which a numeric program counts as right, as published
+_POINTS = [i + 0.5 for i in range(-128, 128)]  # where numeric functions are compared, as published
 Proposal = Callable[[Any], Any] | str
 
 
 @dataclass(frozen=True)
 class FindFunction:
-    """One function: its metadata, its code as text, and for strings the published test inputs with their outputs."""
+    """One function: its metadata, its code as text with the folder it came from, and for strings the published test
+    inputs with their outputs."""
 
     name: str
     category: str
     metadata: dict[str, Any]
     code: str | None
     tests: list[tuple[str, str]]
-
-    @property
-    def domain(self) -> tuple[float, float]:
-        low, high = self.metadata.get("domain", (-100, 100))
-        return float(low), float(high)
+    folder: Path | None = None
 
     @property
     def defines(self) -> list[str]:
@@ -73,16 +73,15 @@ def load(folder: str | Path, category: str | None = None) -> dict[str, FindFunct
     vectors = {str(row.get("name")): row for row in _json_list(folder / "unit_test_data.json")}
     names = {*found, *vectors, *(path.parent.name for path in folder.glob("*/function_code.py"))}
     if not names:
-        raise BehaviorError(
-            f"{folder} holds no FIND functions", wanted="data.json, test_data.json, or fNNNNN/function_code.py"
-        )
+        raise missing("FIND", folder, "data.json, test_data.json, or fNNNNN/function_code.py")
     functions = {}
     for name in sorted(names):
         if not name.isidentifier():  # names come from a file, and are put into a path
             raise BehaviorError(f"{folder} names a function oddly", got=repr(name), wanted="a name such as f00001")
         path = folder / name / "function_code.py"
         code = path.read_text(encoding="utf-8") if path.is_file() else None
-        functions[name] = FindFunction(name, category, found.get(name, {}), code, _tests(vectors.get(name)))
+        tests = _tests(vectors.get(name)) if category == "strings" else []
+        functions[name] = FindFunction(name, category, found.get(name, {}), code, tests, folder / name)
     return functions
 
 
@@ -115,20 +114,24 @@ def find(
     *,
     truths: Mapping[str, Callable[[float], float]] | None = None,
     allow_code: bool = False,
-    points: int = 128,
-    seconds: float = 10.0,
+    points: Sequence[float] | None = None,
+    seconds: float = 30.0,
 ) -> PublishedScores:
     """How far proposed programs agree with the functions they are meant to be.
 
     After Schwettmann et al. (2023). strings: the share of the published test inputs with exactly the right output
-    (`agreement`). numeric: 1 where the squared error over the domain is below a tenth of the function's own square
-    (`indicator`), with the normalized error beside it (`nmse`). proposals: callables, or Python source that defines one
-    function (its last). truths: numeric functions as callables; otherwise the published code is run. Source of either
-    kind needs allow_code=True. Raises MethodError without it, and for a proposal to an unknown function.
-    Known failure: a constant function of large value is matched by any constant near it in ratio, and one of value 0 by
-    none but itself.
+    (`agreement`; as a baseline `copy`, the share where the output is the input). numeric: 1 where the squared error
+    over `points` (the published 256 half-integers from -127.5 to 127.5) is below a tenth of the function's own square
+    (`indicator`), with the normalized error beside it (`nmse`; of the baseline `zero` it is 1). proposals: callables,
+    or Python source (its `function`, or the last that it defines). truths: numeric functions as callables; otherwise
+    the published code is run. Source of either kind needs allow_code=True; seconds: each may take. `all`: the mean
+    over functions of one measure. Raises MethodError without allow_code, and for a proposal to an unknown function.
+
+    Known failure: a published function that draws at random is matched by no program (strings f00004 agrees with its
+    own published outputs on 1 of 10), and one huge value decides the normalized error of a function with a pole.
     """
     began = time.perf_counter()
+    xs = [float(x) for x in points] if points is not None else _POINTS
     rows: list[dict[str, Any]] = []
     failed: dict[str, str] = {}
     for name, proposal in proposals.items():
@@ -139,31 +142,33 @@ def find(
             said = _outputs(proposal, [x for x, _ in function.tests], allow_code, seconds)
             hits = [float(a == y) for a, (_, y) in zip(said.values, function.tests, strict=True)]
             rows.append(score_row(name, "proposal", "", "", "agreement", hits))
+            rows.append(score_row(name, "copy", "", "", "agreement", [float(x == y) for x, y in function.tests]))
         elif function.category == "numeric":
-            low, high = function.domain
-            xs = [low + (high - low) * (i + 0.5) / points for i in range(points)]
             truth: Proposal | None = (truths or {}).get(name) or function.code
             if truth is None:
                 raise MethodError(
                     f"{name} has no code and no truth to compare with", fix="Pass truths={name: callable}"
                 )
-            wanted = _outputs(truth, xs, allow_code, seconds)
+            wanted = _outputs(truth, xs, allow_code, seconds, function.folder)
             said = _outputs(proposal, xs, allow_code, seconds)
-            if wanted.error:
+            if wanted.error and not any(value is not None for value in wanted.values):
                 raise MethodError(f"the published code of {name} does not run", got=wanted.error)
             error = normalized_error(wanted.values, said.values)
             # one number a function has no interval; where the program gives none it is not measured
             error_row = score_row(name, "proposal", "", "", "nmse", [])
-            rows.append({**error_row, "value": error if math.isfinite(error) else None, "n": points})
+            rows.append({**error_row, "value": error if math.isfinite(error) else None, "n": len(xs)})
             rows.append(score_row(name, "proposal", "", "", "indicator", [float(error < THRESHOLD)]))
         else:
             raise MethodError(f"{name} has no tests", got=function.category, fix="Score strings or numeric functions")
         if said.error:
             failed[name] = said.error
+    for measure, method in dict.fromkeys((row["measure"], row["method"]) for row in rows if row["measure"] != "nmse"):
+        values = [row["value"] for row in rows if (row["measure"], row["method"]) == (measure, method)]
+        rows.append(score_row("all", method, "", "", measure, values, share=measure == "indicator"))
     return PublishedScores(
         tables={"scores": pl.DataFrame(rows, schema=SCHEMA)},
         facts={"benchmark": "FIND", "failed": failed, "n_functions": len(proposals)},
-        config={"allow_code": allow_code, "points": points, "seconds": seconds},
+        config={"allow_code": allow_code, "points": xs, "seconds": seconds},
         provenance=Provenance.collect(seconds=time.perf_counter() - began),
     )
 
@@ -190,7 +195,9 @@ class _Said:
     error: str = ""
 
 
-def _outputs(proposal: Proposal, inputs: Sequence[Any], allow_code: bool, seconds: float) -> _Said:
+def _outputs(
+    proposal: Proposal, inputs: Sequence[Any], allow_code: bool, seconds: float, folder: Path | None = None
+) -> _Said:
     if callable(proposal):
         values: list[Any] = []
         error = ""
@@ -206,16 +213,19 @@ def _outputs(proposal: Proposal, inputs: Sequence[Any], allow_code: bool, second
             "this would run Python code that headwater has not written",
             fix="Pass allow_code=True if you trust it, or give a callable",
         )
-    return _run_source(proposal, inputs, seconds)
+    return _run_source(proposal, inputs, seconds, folder)
 
 
-# Reads {"source", "inputs"} as JSON, runs the last function that the source defines, and writes what it gave.
+# Reads {"source", "file", "inputs"} as JSON, runs the function that the source defines, and writes what it gave.
 _RUNNER = """
 import ast, json, sys
 job = json.load(sys.stdin)
-space = {"__name__": "proposal", "__file__": "proposal.py"}
+space = {"__name__": "proposal", "__file__": job["file"]}
 names = [n.name for n in ast.parse(job["source"]).body if isinstance(n, ast.FunctionDef)]
 name = "function" if "function" in names else names[-1]
+if "torch.load" in job["source"]:  # the published weights were saved on a GPU
+    import functools, torch
+    torch.load = functools.partial(torch.load, map_location="cpu", weights_only=True)
 exec(compile(job["source"], "proposal.py", "exec"), space)
 out, error = [], ""
 for x in job["inputs"]:
@@ -229,8 +239,9 @@ sys.stdout.write("\\n" + json.dumps({"values": out, "error": error}))
 """
 
 
-def _run_source(source: str, inputs: Sequence[Any], seconds: float) -> _Said:
-    job = json.dumps({"source": source, "inputs": list(inputs)})
+def _run_source(source: str, inputs: Sequence[Any], seconds: float, folder: Path | None) -> _Said:
+    file = str((folder or Path()).absolute() / "function_code.py")
+    job = json.dumps({"source": source, "file": file, "inputs": list(inputs)})
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-c", _RUNNER],

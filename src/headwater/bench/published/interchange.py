@@ -22,8 +22,9 @@ class Interchange:
     """One interchange: two prompts, where in each, and what the model should say.
 
     base_end, source_end: characters up to which the position reaches (its last token is meant); None is the last token.
-    answer: what the base prompt alone should be followed by; expected: what it should be followed by after the swap.
-    label, source_label: what the fitted subspaces should tell apart. group: which part of the score it counts for.
+    answer: what the base prompt alone should be followed by; source_answer: the same of the source prompt, where that
+    is known; expected: what the base prompt should be followed by after the swap. label, source_label: what the fitted
+    subspaces should tell apart. group: which part of the score it counts for.
     """
 
     base: str
@@ -34,6 +35,7 @@ class Interchange:
     source_end: int | None = None
     label: str = ""
     source_label: str = ""
+    source_answer: str | None = None
     group: str = ""
     details: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -157,6 +159,21 @@ def _probe(x: torch.Tensor, index: torch.Tensor, n: int, *, penalty: float = 1e-
     return weights.detach() / scale
 
 
-def balanced(pairs: Sequence[Interchange], groups: Sequence[str], n: int) -> list[Interchange]:
-    """The first `n` pairs of each group."""
-    return [pair for group in groups for pair in [p for p in pairs if p.group == group][:n]]
+def known(model: Model, pairs: Sequence[Interchange]) -> list[bool]:
+    """Whether the model's likeliest next token begins the right answer to both prompts (a source without an answer is
+    not asked)."""
+    if not pairs:
+        return []
+    right = _answers(model, [pair.base for pair in pairs], [pair.answer for pair in pairs])
+    asked = [i for i, pair in enumerate(pairs) if right[i] and pair.source_answer is not None]
+    if asked:
+        answers = [str(pairs[i].source_answer) for i in asked]
+        for i, hit in zip(asked, _answers(model, [pairs[i].source for i in asked], answers), strict=True):
+            right[i] = hit
+    return right
+
+
+def _answers(model: Model, prompts: list[str], answers: list[str]) -> list[bool]:
+    said = model.run(prompts, logits="last").logits.argmax(-1).tolist()
+    wanted = [first_token(model, *both) for both in zip(prompts, answers, strict=True)]
+    return [a == b for a, b in zip(said, wanted, strict=True)]

@@ -4,7 +4,6 @@ Reads its rows (prompt, choices, answerKey, and one `..._counterfactual` of the 
 multiple-choice, IOI and arithmetic pairs in the same shape from the published lists.
 """
 
-import json
 import random
 import string
 import time
@@ -17,11 +16,13 @@ import polars as pl
 import torch
 
 from headwater.behavior.table import Behavior
+from headwater.bench.published.files import read_list
 from headwater.bench.published.interchange import (
     Interchange,
     base_vectors,
     first_token,
     fit_subspace,
+    known,
     source_vectors,
     swapped,
 )
@@ -39,11 +40,7 @@ def read_rows(path: str | Path, counterfactual: str, *, variable: str = "answer"
     counterfactual: the kind, such as `answerPosition`. variable: what is swapped: "answer" expects the source's answer,
     "answer_pointer" (multiple choice) the base's symbol at the source's place. Raises BehaviorError.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
-    except ValueError as error:
-        raise BehaviorError(f"{Path(path).name} is no JSON or JSONL file", got=str(error)) from None
+    rows = read_list(path, "MIB")
     name = counterfactual.removesuffix(COUNTERFACTUAL) + COUNTERFACTUAL
     pairs = []
     for number, row in enumerate(rows, 1):
@@ -71,6 +68,7 @@ def _interchange(row: dict[str, Any], other: dict[str, Any], variable: str) -> I
         source=other["prompt"],
         answer=f" {answer}",
         expected=f" {expected}",
+        source_answer=f" {source_answer}",
         label=str(row["answerKey"]) if variable == "answer_pointer" else answer,
         source_label=str(other["answerKey"]) if variable == "answer_pointer" else source_answer,
         group=variable,
@@ -86,8 +84,8 @@ def multiple_choice(
     answers. Raises BehaviorError for a list that is none.
     """
     rng = random.Random(f"headwater-mib-mcqa:{seed}")
-    listed = json.loads(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(listed, list) or not all(isinstance(x, dict) and {"object", "color"} <= set(x) for x in listed):
+    listed = read_list(path, "MIB")
+    if not all(isinstance(x, dict) and {"object", "color"} <= set(x) for x in listed):
         raise BehaviorError(
             f"{Path(path).name} is no list of objects and colors", wanted='[{"object": ..., "color": ...}]'
         )
@@ -115,8 +113,7 @@ def indirect_object(folder: str | Path, *, n: int, seed: int = 0) -> list[Interc
     """`n` IOI pairs from the published templates and names; the source has the other person give."""
     folder = Path(folder)
     templates, names, places, objects = (
-        json.loads((folder / f"ioi_{part}.json").read_text(encoding="utf-8"))
-        for part in ("templates", "names", "places", "objects")
+        read_list(folder / f"ioi_{part}.json", "MIB") for part in ("templates", "names", "places", "objects")
     )
     rng = random.Random(f"headwater-mib-ioi:{seed}")
     pairs = []
@@ -132,6 +129,7 @@ def indirect_object(folder: str | Path, *, n: int, seed: int = 0) -> list[Interc
                 source=source,
                 answer=f" {receiver}",
                 expected=f" {giver}",
+                source_answer=f" {giver}",
                 label="first" if receiver == first else "second",
                 source_label="first" if giver == first else "second",
                 group="output",
@@ -167,6 +165,7 @@ def arithmetic(*, n: int, variable: str = "ones_carry", seed: int = 0) -> list[I
                 source=source,
                 answer=f" {a + b}",
                 expected=f" {swapped_sum}",
+                source_answer=f" {c + d}",
                 label=str(carry),
                 source_label=str(other),
                 group=variable,
@@ -206,10 +205,11 @@ def causal_variable(
     causal model says.
 
     After Mueller et al. (2025), with the first token of an answer read at the end of the prompt. Half of the pairs
-    fit the subspaces, half judge them. `accuracy` is the model's own on base prompts; only_known keeps the pairs it
-    has right on both prompts' own answers where the source's is what is expected. Raises BehaviorError where nothing
-    is left. Known failure: at the last token of the last layers the full vector carries every answer, whatever the
-    variable.
+    fit the subspaces, half judge them. only_known: keep the pairs whose two prompts the model answers rightly;
+    `accuracy` is the share of pairs where it does. Raises BehaviorError where nothing is left.
+
+    Known failure: at the last token of the last layers the full vector carries every answer, so that for a variable
+    that is the answer itself a high score there says nothing of where it was found.
     """
     began = time.perf_counter()
     dropped: Counter[str] = Counter()
@@ -224,10 +224,9 @@ def causal_variable(
         raise BehaviorError("too few pairs fit this tokenizer", got=f"{len(usable)} of {len(pairs)}; {dict(dropped)}")
     half = len(usable) // 2
     train, tested = usable[:half], usable[half:]
-    clean = model.run([pair.base for pair, _ in tested], logits="last").logits.argmax(-1).tolist()
-    right = [token == ids[0] for token, (_, ids) in zip(clean, tested, strict=True)]
+    right = known(model, [pair for pair, _ in tested])
     if only_known:
-        tested = [one for one, known in zip(tested, right, strict=True) if known]
+        tested = [one for one, both in zip(tested, right, strict=True) if both]
         dropped["the model does not know it"] += right.count(False)
     if not tested:
         raise BehaviorError(

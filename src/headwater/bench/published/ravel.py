@@ -15,11 +15,13 @@ from typing import Any
 import polars as pl
 import torch
 
+from headwater.bench.published.files import missing
 from headwater.bench.published.interchange import (
     Interchange,
     base_vectors,
     first_token,
     fit_subspace,
+    known,
     source_vectors,
     swapped,
 )
@@ -28,6 +30,8 @@ from headwater.core.errors import BehaviorError, did_you_mean
 from headwater.core.files import read_json
 from headwater.core.model import Model
 from headwater.core.results import Provenance
+
+_TRIED = 6  # times as many pairs are tried as asked for, of which the model must know both answers
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Ravel:
         """Read a domain from the folder of the published files. Raises BehaviorError naming what is there."""
         folder = Path(folder)
         found = sorted(path.name[6:-23] for path in folder.glob("ravel_*_entity_attributes.json"))
+        if not found:
+            raise missing("RAVEL", folder, f"ravel_{domain}_entity_attributes.json and its three neighbours")
         if domain not in found:
             raise BehaviorError(f"{folder} holds no such RAVEL domain", got=domain, wanted=did_you_mean(domain, found))
 
@@ -59,20 +65,29 @@ class Ravel:
             read("prompt_to_split"),
         )
 
+    @property
+    def measured(self) -> list[str]:
+        """The attributes that are asked for and that entities have values of (two of them at least)."""
+        values = {name: {one[name] for one in self.attributes.values() if one.get(name)} for name in self.prompts}
+        return [name for name, found in values.items() if len(found) > 1]
+
     def pairs(self, attribute: str, *, n: int, split: str = "test", seed: int = 0) -> list[Interchange]:
         """`n` interchanges that should cause a change and `n` that should not.
 
         cause: the base asks for the attribute, and the source entity's value is expected. isolate: the base asks for
         another attribute, and the base entity's own value of it is expected. In both the two entities differ in both
-        attributes, and come from the split. Raises BehaviorError for an unknown attribute.
+        attributes, and come from the split. Raises BehaviorError for an attribute that is unknown, or has no values
+        (the published occupations have prompts for a gender bias and no values of it).
         """
-        if attribute not in self.prompts:
+        if attribute not in self.measured:
             raise BehaviorError(
-                f"the domain {self.domain} has no such attribute", got=attribute, wanted=", ".join(self.prompts)
+                f"the domain {self.domain} has no values of this attribute",
+                got=attribute,
+                wanted=", ".join(self.measured),
             )
         rng = random.Random(f"headwater-ravel:{self.domain}:{attribute}:{split}:{seed}")
         entities = [name for name, part in self.entity_split.items() if part == split and name in self.attributes]
-        others = [name for name in self.prompts if name != attribute]
+        others = [name for name in self.measured if name != attribute]
         templates = {
             name: [t for t in texts if self.prompt_split.get(t, split) == split] or list(texts)
             for name, texts in self.prompts.items()
@@ -104,6 +119,7 @@ class Ravel:
                         source_end=source_template.index("%s") + len(source),
                         label=own[attribute],
                         source_label=other[attribute],
+                        source_answer=spaced(source_prompt, other[attribute]),
                         group=group,
                         details={"asked": asked, "entity": base, "source_entity": source},
                     )
@@ -115,7 +131,7 @@ class Ravel:
 
 def spaced(prompt: str, answer: str) -> str:
     """The answer as it follows the prompt: with a space unless the prompt ends in one or in an opening mark."""
-    return answer if prompt[-1:] in " \n\"'([{/:-" and prompt[-1:] != ":" else f" {answer}"
+    return answer if prompt[-1:] in (" ", "\n", '"', "'", "(", "[", "{", "/", "-") else f" {answer}"
 
 
 def ravel(
@@ -137,13 +153,16 @@ def ravel(
     After Huang et al. (2024): a share of interchanges with the attribute changed (cause), a share of those on other
     attributes left alone (isolate), and their mean (disentangle). An answer counts by its first token, where the
     published score reads the generated text. methods: baselines, fitted on the training entities; bases: subspaces of
-    one's own, [R, width] by name. only_known: keep pairs whose base prompt the model answers rightly. Raises
-    BehaviorError where nothing is left. Known failure: first tokens that two values share make a change look like
-    none.
+    one's own, [R, width] by name. only_known: keep pairs whose two prompts the model answers rightly. A change of
+    nothing scores 0 on cause and 1 on isolate, so that disentangle is worth something above one half only. The interval
+    of disentangle takes its two parts as independent. Raises BehaviorError where nothing is left.
+
+    Known failure: first tokens that two values share make a change look like none; and where the model knows few
+    entities the pairs left are of a few famous ones.
     """
     began = time.perf_counter()
     dropped: Counter[str] = Counter()
-    tested = _usable(model, data.pairs(attribute, n=n if not only_known else 6 * n, seed=seed), dropped)
+    tested = _usable(model, data.pairs(attribute, n=n if not only_known else _TRIED * n, seed=seed), dropped)
     if only_known:
         tested = _known(model, tested, dropped)
     by_group = {group: [pair for pair in tested if pair.group == group][:n] for group in ("cause", "isolate")}
@@ -202,9 +221,6 @@ def _usable(model: Model, pairs: Sequence[Interchange], dropped: Counter[str]) -
 
 
 def _known(model: Model, pairs: Sequence[Interchange], dropped: Counter[str]) -> list[Interchange]:
-    if not pairs:
-        return []
-    said = model.run([pair.base for pair in pairs], logits="last").logits.argmax(-1).tolist()
-    kept = [p for p, token in zip(pairs, said, strict=True) if token == first_token(model, p.base, p.answer)]
+    kept = [pair for pair, right in zip(pairs, known(model, pairs), strict=True) if right]
     dropped["the model does not know it"] += len(pairs) - len(kept)
     return kept

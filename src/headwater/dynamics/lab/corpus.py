@@ -96,15 +96,15 @@ def assemble(config: TrainConfig, folder: Path | None) -> Data:
     """
     tokenizer = _tokenizer(config)
     made = [_source(one, config, tokenizer, folder) for one in config.data]
-    lengths = {one.source: source.sequence_length for one, source in zip(config.data, made, strict=True)}
-    if len(set(lengths.values())) > 1:
+    lengths = [source.sequence_length for source in made]
+    if len(set(lengths)) > 1:
         raise MethodError("the sources differ in the length of their sequences", got=lengths)
     words = {tuple(source.words) for source in made if getattr(source, "words", None) is not None}
     if len(words) > 1:
         raise MethodError("the sources differ in their words", got=f"{len(words)} vocabularies", fix="Give a tokenizer")
     if tokenizer is None and words:
         tokenizer = word_tokenizer(list(words.pop()), whole=True)
-    length = next(iter(lengths.values()))
+    length = lengths[0]
     validation: dict[str, tuple[NDArray[np.int64], NDArray[np.bool_]]] = {}
     for one in config.validation:
         source = _source(one, config, tokenizer, folder)

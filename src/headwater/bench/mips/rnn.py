@@ -6,6 +6,8 @@ steps, and the hidden states then lie on their lattice to many digits. Adam woul
 can be read off.
 """
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -200,7 +202,7 @@ def _fit(
         if arch.update == "bilinear":
             jacobian = bilinear_jacobian(_unflatten(flat, shapes), arch, inputs)
         else:
-            jacobian = torch.func.jacfwd(residual)(flat)
+            jacobian = _jacobian(residual, flat)
         gram, gradient = jacobian.T @ jacobian, jacobian.T @ r
         before = loss
         for _ in range(6):
@@ -217,6 +219,14 @@ def _fit(
         # A plateau is left at once, unless the loss is so low that only the last digits are still to come.
         slow = slow + 1 if loss > before * (1 - 1e-3) else 0
     return flat, budget
+
+
+def _jacobian(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+    """Forward mode: there are fewer weights than outputs."""
+    with warnings.catch_warnings():
+        # torch's own forward-mode rules are compiled, on first use, by a function that torch has deprecated
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.")
+        return torch.func.jacfwd(function)(at)
 
 
 def bilinear_jacobian(w: dict[str, torch.Tensor], arch: Architecture, inputs: torch.Tensor) -> torch.Tensor:

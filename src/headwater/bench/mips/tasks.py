@@ -62,7 +62,7 @@ def _add(name: str, high: int, reference: Reference, about: str, **options: Any)
 def lagged(xs: Array, lag: int) -> Array:
     """The input `lag` positions earlier; 0 before the first."""
     out = np.zeros_like(xs)
-    out[:, lag:] = xs[:, : xs.shape[1] - lag]
+    out[:, lag:] = xs[:, : max(0, xs.shape[1] - lag)]
     return out
 
 

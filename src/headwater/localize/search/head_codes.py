@@ -132,6 +132,7 @@ def head_codes(
     facts = {
         "method": "head_codes",
         "metric": used.metric,
+        "rank": "signed",  # below 0: codes differ less than relabeled pairs do
         "n": bound.n,
         "clean": clean,
         "error": coder.error,

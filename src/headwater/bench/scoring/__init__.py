@@ -1,0 +1,1 @@
+"""Every localizing method, scored on models whose mechanism is known."""

@@ -312,8 +312,9 @@ def test_multiple_choice_pointer_and_letter_differ(tmp_path: Path) -> None:
         published.multiple_choice(write(tmp_path / "bad.json", {}), n=2)
 
 
-def test_arithmetic_swaps_the_carry() -> None:
-    for pair in published.arithmetic(n=50):
+@pytest.mark.parametrize("digits", [False, True])
+def test_arithmetic_swaps_the_carry(digits: bool) -> None:
+    for pair in published.arithmetic(n=50, digits=digits):
         a, b = (int(x) for x in pair.base.split() if x.isdigit())
         c, d = (int(x) for x in pair.source.split() if x.isdigit())
         carry, other = (int(x % 10 + y % 10 >= 10) for x, y in ((a, b), (c, d)))

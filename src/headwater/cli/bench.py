@@ -1,10 +1,11 @@
-"""bench: models trained to a known mechanism, and toy models with an answer key."""
+"""bench: models trained to a known mechanism, and toy models with an answer key; bench_programs.py has the rest."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from headwater.cli import bench_programs
 from headwater.cli.show import show, show_json, show_rows
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -15,7 +16,7 @@ Settings = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Put this group's commands into the application."""
-    group = typer.Typer(no_args_is_help=True, help="Models trained to a known mechanism, and toy models.")
+    group = typer.Typer(no_args_is_help=True, help="Models and programs whose mechanism is known; benchmarks.")
     group.command("list")(list_)
     group.command("train")(train)
     group.command("check")(check)
@@ -24,6 +25,7 @@ def add_to(app: typer.Typer) -> None:
     toys.command("list")(toys_list)
     toys.command("train")(toys_train)
     group.add_typer(toys, name="toys")
+    bench_programs.add_to(group)
     app.add_typer(group, name="bench")
 
 

@@ -144,28 +144,30 @@ def _filled(template: str, values: dict[str, str]) -> str:
     return template
 
 
-def arithmetic(*, n: int, variable: str = "ones_carry", seed: int = 0) -> list[Interchange]:
+def arithmetic(*, n: int, variable: str = "ones_carry", digits: bool = False, seed: int = 0) -> list[Interchange]:
     """`n` pairs of two-digit sums: swapping the carry of the ones gives the base's sum with ten more or less.
 
     Pairs differ in their carry and in the tens digit that the swap should lead to. Sums have two digits, and are read
-    by their first token.
+    by their first token; digits: for tokenizers that have one token a digit, the prompt ends with the space before the
+    sum (otherwise that space would be the first token of every sum, and no pair would be left).
     """
     rng = random.Random(f"headwater-mib-arithmetic:{seed}")
     pairs: list[Interchange] = []
+    end, space = (" ", "") if digits else ("", " ")
     while len(pairs) < n:
         a, b, c, d = (rng.randrange(11, 45) for _ in range(4))
         carry, other = ((x % 10 + y % 10) // 10 for x, y in ((a, b), (c, d)))
         swapped_sum = a + b + 10 * (other - carry)
         if carry == other or not 10 <= swapped_sum <= 99:
             continue
-        base, source = (f"The sum of {x} and {y} is" for x, y in ((a, b), (c, d)))
+        base, source = (f"The sum of {x} and {y} is{end}" for x, y in ((a, b), (c, d)))
         pairs.append(
             Interchange(
                 base=base,
                 source=source,
-                answer=f" {a + b}",
-                expected=f" {swapped_sum}",
-                source_answer=f" {c + d}",
+                answer=f"{space}{a + b}",
+                expected=f"{space}{swapped_sum}",
+                source_answer=f"{space}{c + d}",
                 label=str(carry),
                 source_label=str(other),
                 group=variable,

@@ -1,6 +1,5 @@
-"""`python -m headwater`: the command line, where the script is not on the path."""
+"""`python -m headwater`, for launchers that start modules: `torchrun --nproc-per-node 2 -m headwater train ...`."""
 
 from headwater.cli import main
 
-if __name__ == "__main__":
-    main()
+main()

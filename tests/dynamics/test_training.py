@@ -11,12 +11,12 @@ import torch
 import transformers
 
 import headwater as hw
-from lab_runs import same_files, small, weights
 from headwater.core.errors import HeadwaterError, MethodError, ModelError, StoreError
 from headwater.dynamics import TrainConfig, TrainingRun, train
 from headwater.dynamics.lab.config import CheckpointConfig, OptimizerConfig, ScheduleConfig
 from headwater.dynamics.lab.models import make_model
 from headwater.dynamics.lab.optimizing import make_optimizer, rate
+from lab_runs import same_files, small, weights
 
 
 @pytest.fixture(scope="module")

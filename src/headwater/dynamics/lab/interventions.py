@@ -12,6 +12,8 @@
 | `stop(site)` | values stay as they are | none passes |
 | `penalize(site, pattern, weight)` | nothing; weight x mean attention to the named places joins the loss | flows |
 
+A weight that is cut off has a gradient of zero; AdamW's momentum and decay go on.
+
 They are headwater's own interventions (see docs/sites.md), put on for the forward and backward pass of a step. `force`
 is the clamp of Singh et al. (2024), `penalize` the regularizer of Chen et al. (2024; negative weights reward), `scale`
 on a pattern's places the biased attention map of Gopalani and Hu (2025).
@@ -246,11 +248,15 @@ class Interventions:
 
 
 def penalty(one: Planned, seen: Tensor, places: Tensor) -> Tensor:
-    """weight x mean attention to the named places, over the tokens for which the pattern says something."""
+    """weight x mean over sequences of the mean attention to the named places.
+
+    Within a sequence over heads and those tokens for which the pattern says something; a sequence without any counts 0,
+    so that parts of a batch add up to the whole.
+    """
     wanted = _of_heads(places, seen).to(seen.dtype)
-    read = (seen * (wanted > 0)).sum(dim=-1)
-    says = (wanted.sum(dim=-1) > 0).to(seen.dtype).expand_as(read)
-    return float(one.options["weight"]) * (read * says).sum() / says.sum().clamp(min=1)
+    read = (seen * (wanted > 0)).sum(dim=-1).flatten(1)
+    says = (wanted.sum(dim=-1) > 0).expand(*seen.shape[:-1]).flatten(1).to(seen.dtype)
+    return float(one.options["weight"]) * ((read * says).sum(dim=1) / says.sum(dim=1).clamp(min=1)).mean()
 
 
 def _reference_step(one: Planned) -> int:

@@ -142,7 +142,8 @@ class Training:
             part = slice(start, start + size)
             loss += self._backward(step, ids[part], at[part], predicted)
         for weight in self.parameters:
-            if group.world > 1 and weight.grad is None:
+            if weight.grad is None:
+                # cut off by an intervention, wholly: a gradient of zero, as where a part of a weight is cut off
                 weight.grad = torch.zeros_like(weight)
         group.add_up([loss])
         group.add_up(weight.grad for weight in self.parameters if weight.grad is not None)

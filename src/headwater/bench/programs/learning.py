@@ -72,7 +72,9 @@ class LearnedProgram(Result):
     tables: `runs`: seed, accuracy and exact (of the discrete program on test data: share of positions, and of whole
     sequences), lo and hi (of the accuracy's bootstrap over sequences), soft (accuracy of the trained network before
     it was made discrete), train, agreement (share of test sequences on which the Python source says what the discrete
-    model says), lines, best. facts: task, source (the best run's), accuracy with lo and hi over seeds, n_test, words.
+    model says), lines, best. facts: task, about, source (the best run's), accuracy with lo and hi over seeds,
+    best_accuracy (on test data, of the run that is best on training data), agreement (the least of all runs), n_test,
+    words.
     """
 
     kind: ClassVar[str] = "learned_program"
@@ -93,12 +95,13 @@ def learn_program(task: str | SequenceTask, *, config: ProgramsConfig | None = N
     """Train a Transformer Program on a task and write it as Python, checked against the discrete model on test data.
 
     After Friedman, Wettig & Chen (2023): categorical variables, predicates and tables chosen by Gumbel-softmax
-    training. Ours differs in size, in counting heads that count matches only, and in output weights that are fitted
-    again for the discrete variables and rounded to integers, so that source and model agree exactly. Raises
+    training. Ours differs in size, in heads that count matches besides those that copy, and in output weights that are
+    fitted again for the discrete variables and rounded to integers, so that source and model agree exactly. Raises
     MethodError for an unknown task or option.
-    Known failure: most random starts stop in local optima; sorting,
-    ranking by frequency and two kinds of brackets stay well below what a transformer reaches, so the table of seeds
-    belongs to every claim.
+
+    Known failure: most random starts stop in local optima; sorting, ranking by frequency and two kinds of brackets stay
+    well below what a transformer reaches, so the table of seeds belongs to every claim. The interval over seeds is a
+    bootstrap of few runs, and narrower than the truth.
     """
     from headwater.localize.attribution.eap import configured
 

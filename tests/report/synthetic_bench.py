@@ -76,6 +76,16 @@ def minimality() -> dict[str, Any]:
     return {"nodes": rows}
 
 
+def truth_scores() -> dict[str, Any]:
+    rows = [
+        {"method": f"eap_{i}{HOSTILE}", "what": "baseline" if i == 3 else "method", "measure": measure,
+         "value": 0.9 - i / 10, "lo": 0.8 - i / 10, "hi": 0.95 - i / 10, "models": 30, "cells": 90}
+        for measure in ("edge_auroc", "node_auroc", "edge_ap")
+        for i in range(4)
+    ]  # fmt: skip
+    return {"scores": rows}
+
+
 TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "siit_report": ("circuit", siit_report),
     "recovery": ("circuit", recovery),
@@ -85,4 +95,5 @@ TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "mips": ("circuit", mips),
     "published_scores": ("localize", published_scores),
     "minimality": ("circuit", minimality),
+    "truth_scores": ("localize", truth_scores),
 }

@@ -18,6 +18,8 @@ _NAMES = {
     "Compression": ("compress", "Compression"),
     "claim_rates": ("rates", "claim_rates"),
     "ClaimRates": ("rates", "ClaimRates"),
+    "score": ("scoring.run", "score"),
+    "TruthScores": ("scoring.table", "TruthScores"),
 }
 
 __all__ = [
@@ -28,8 +30,10 @@ __all__ = [
     "Compression",
     "Interchange",
     "TrueMechanism",
+    "TruthScores",
     "claim_rates",
     "rasp",
+    "score",
     "truth",
 ]
 
@@ -55,3 +59,5 @@ if TYPE_CHECKING:
     from headwater.bench.mechanism import TrueMechanism
     from headwater.bench.rasp.compiler import CompileConfig, Compiled
     from headwater.bench.rates import ClaimRates, claim_rates
+    from headwater.bench.scoring.run import score
+    from headwater.bench.scoring.table import TruthScores

@@ -38,7 +38,7 @@ class Source:
 
         Raises BehaviorError for a model that has no pairs.
         """
-        made = self.given
+        made: Any = self.given
         if self.origin == "compiled":
             made = truth.compile(self.name, seed=seed)
         elif self.origin == "trained":

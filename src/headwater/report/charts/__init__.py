@@ -12,6 +12,7 @@ from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
 from headwater.report.charts.scores import attribution, strongest_nodes
+from headwater.report.charts.scores_truth import truth_scores
 from headwater.report.charts.searches import incompleteness, optimal_ablation, search
 from headwater.report.charts.tracings import attention_tracing, cdt, flow_routes, head_codes
 from headwater.report.charts.truth import compression, interchange, mechanism
@@ -58,6 +59,7 @@ KINDS = (
     "cdt",
     "head_codes",
     "attention_tracing",
+    "truth_scores",
 )
 
 
@@ -116,4 +118,5 @@ __all__ = [
     "strongest_nodes",
     "subspace",
     "superposition",
+    "truth_scores",
 ]

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli import bench_programs
+from headwater.cli.bench_score import add_scores_to
 from headwater.cli.show import show, show_json, show_rows
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -26,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
     toys.command("train")(toys_train)
     group.add_typer(toys, name="toys")
     bench_programs.add_to(group)
+    add_scores_to(group)
     app.add_typer(group, name="bench")
 
 

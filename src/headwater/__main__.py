@@ -1,5 +1,6 @@
-"""`python -m headwater`, for launchers that start modules: `torchrun --nproc-per-node 2 -m headwater train ...`."""
+"""`python -m headwater`: the command line, where the script is not on the path."""
 
 from headwater.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

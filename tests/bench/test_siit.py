@@ -310,6 +310,9 @@ def test_the_same_config_gives_the_same_weights_also_when_stopped(tmp_path: Path
     for one, other in zip(weights(whole), weights(later), strict=True):
         assert torch.equal(one, other)
     assert [row["iit"] for row in whole.history] == [row["iit"] for row in later.history]
+    later.finish()
+    for one, other in zip(later.average, later.weights, strict=True):
+        assert torch.equal(one, other) and not other.requires_grad
     other = Training(dataclasses.replace(config, seed=1))
     assert not torch.equal(weights(Training(config))[0], weights(other)[0])
     with pytest.raises(StoreError, match="another training run"):
@@ -317,6 +320,25 @@ def test_the_same_config_gives_the_same_weights_also_when_stopped(tmp_path: Path
     (tmp_path / "training" / "state.safetensors").write_bytes(b"damaged")
     with pytest.raises(StoreError, match="is damaged"):
         Training(config).resume(tmp_path)
+
+
+def test_running_means_of_the_weights_are_what_is_kept() -> None:
+    """By definition: the mean of what the weights were after each step, each step counting 1 - average of the rest."""
+    config = dataclasses.replace(SMALL, steps=20, check_every=20, check_rows=16, batch=8, average=0.9)
+    run = Training(config)
+    wanted = run.weights[0].detach().clone()
+    for step in range(1, 21):
+        run._step()
+        share = min(0.9, step / (step + 10))
+        wanted = share * wanted + (1 - share) * run.weights[0].detach()
+    torch.testing.assert_close(run.average[0], wanted)
+    last = run.weights[0].detach().clone()
+    with run.averaged():
+        assert torch.equal(run.weights[0], run.average[0])
+    assert torch.equal(run.weights[0], last) and not torch.equal(last, wanted)
+    plain = Training(dataclasses.replace(config, average=0.0))
+    plain._step()
+    assert torch.equal(plain.average[0], plain.weights[0])
 
 
 def test_losses_are_those_of_their_definitions(ioi_task: Task) -> None:

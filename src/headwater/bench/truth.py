@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from headwater.bench.rasp.compiler import CompileConfig, Compiled, all_inputs, c
 from headwater.bench.rasp.language import RaspError, SOp
 from headwater.bench.rasp.library import Program, programs
 from headwater.bench.rasp.words import word
-from headwater.core.errors import BehaviorError, MethodError, did_you_mean
+from headwater.core.errors import BehaviorError, MethodError
 from headwater.core.results import load_result
 from headwater.localize.catalog import fitted
 
@@ -45,8 +45,7 @@ def compile(
     known = programs.get(program) if isinstance(program, str) else None
     if known is not None and config is None:
         options = {"causal": known.causal, **options}
-    _check_options("compile", CompileConfig, options)
-    chosen = fitted(CompileConfig, options) if config is None else replace(config, **options)
+    chosen = fitted(CompileConfig, {**(asdict(config) if config else {}), **options})
     if known is not None:
         tokens = known.vocabulary if vocabulary is None else vocabulary
         return compile_program(known.make(), tokens, name=name or known.name, config=chosen)
@@ -63,15 +62,7 @@ def compress(compiled: str | Compiled, config: CompressConfig | None = None, **o
     wide = compile(compiled) if isinstance(compiled, str) else compiled
     if config is None and "d_model" not in options:
         raise MethodError("say how narrow", wanted=f"d_model below {wide.hf.config.hidden_size}")
-    _check_options("compress", CompressConfig, options)
-    return compress_compiled(wide, fitted(CompressConfig, options) if config is None else replace(config, **options))
-
-
-def _check_options(what: str, kind: Any, options: dict[str, Any]) -> None:
-    known = [field.name for field in fields(kind)]
-    for option in options:
-        if option not in known:
-            raise MethodError(f"unknown option of {what}", got=repr(option), wanted=did_you_mean(option, known))
+    return compress_compiled(wide, fitted(CompressConfig, {**(asdict(config) if config else {}), **options}))
 
 
 def load(folder: str | Path) -> tuple[Any, TrueMechanism]:

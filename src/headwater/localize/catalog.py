@@ -6,11 +6,11 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from headwater.core.errors import MethodError
+from headwater.core.errors import MethodError, did_you_mean
 from headwater.core.registry import Registry
 from headwater.core.results import Result
 
@@ -94,7 +94,13 @@ class _Anything(dict[str, Any]):
 
 
 def fitted(kind: type[C], options: Mapping[str, Any]) -> C:
-    """A method's config from the values that a user gave: each of the type that its field says. Raises MethodError."""
+    """A method's config from the values that a user gave: each of the type that its field says. Raises MethodError,
+    with near names for an unknown one.
+    """
+    known = [field.name for field in dataclasses.fields(cast(Any, kind))]
+    for name in options:
+        if name not in known:
+            raise MethodError(f"unknown option of {kind.__name__}", got=repr(name), wanted=did_you_mean(name, known))
     try:
         return TypeAdapter(kind).validate_python(dict(options))
     except ValidationError as error:

@@ -1,4 +1,6 @@
-"""InterpBench's checks: the circuit's nodes carry its variables, and no node outside has an effect."""
+"""InterpBench's checks (Gupta et al., 2024): the circuit's nodes carry its variables, and no node outside has an
+effect.
+"""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar

@@ -1,5 +1,6 @@
 """Trained models with a known mechanism: train one by name, store it, load it again."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from headwater.bench.siit.alignment import Alignment
 from headwater.bench.siit.checks import SiitReport, check
 from headwater.bench.siit.config import SiitConfig, configs
-from headwater.bench.siit.training import Task, Training, causal_graph
+from headwater.bench.siit.training import STATE, Task, Training, another_run, causal_graph
 from headwater.bench.siit.truth import name_truth, pairs
 from headwater.core.errors import StoreError
+from headwater.core.files import clean_leftovers, store_error
 from headwater.core.results import load_result
 from headwater.localize.catalog import fitted
 
@@ -60,7 +62,8 @@ class Siit:
         it.
 
         `mechanism/` is the TrueMechanism, `mechanism.json` its circuit in the JSON form of MIB submissions, `report/`
-        the checks, `siit.json` the config.
+        the checks, `behavior.parquet` pairs, `siit.json` the config; that one comes last, so a folder that has it is
+        whole.
         """
         from headwater.core.files import to_json, write_bytes
         from headwater.core.loading_hf import calm
@@ -91,12 +94,14 @@ def train(
     checks: int = 1000,
     **options: Any,
 ) -> Siit:
-    """Train a config of the registry (or one of your own) until its checks pass or its steps are used up.
+    """Train a config of the registry (or one of your own) by strict interchange-intervention training (Gupta et al.,
+    2024) until its checks pass or its steps are used up.
 
     out: where it is stored. A run that was stopped goes on from its last check, to the same weights as if it had not
-    been. alignment: other nodes for the variables than `align` gives. checks: inputs of the final report. options:
-    fields of SiitConfig to change. Whether the checks passed stands in `report.facts["passed"]`: nothing is raised
-    where they did not.
+    been; one that is done is loaded; one process at a time. alignment: other nodes for the variables than `align`
+    gives. checks: inputs of the final report. options: fields of SiitConfig to change. Whether the checks passed stands
+    in `report.facts["passed"]`: nothing is raised where they did not. Raises StoreError for the folder of another
+    config.
 
     Known failure: nothing says that a head found another way than by what the interchange shows: a variable's head may
     carry other things too, as long as they have no effect.
@@ -106,11 +111,14 @@ def train(
     label = name if isinstance(name, str) else config.graph
     run = Training(config, name=f"siit-{label}", alignment=alignment)
     folder = None if out is None else Path(out)
+    if folder is not None and (folder / "siit.json").exists():
+        return _same(load(folder), run)
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        _make(folder)
+        clean_leftovers(folder)
         run.resume(folder)
     run.run(folder)
-    run.freeze()
+    run.finish()
     report = check(run.task, n=checks, config=config)
     report.provenance = replace(report.provenance, seconds=run.seconds)
     found = Siit(
@@ -123,7 +131,22 @@ def train(
     )
     if folder is not None:
         found.save(folder)
+        shutil.rmtree(folder / STATE, ignore_errors=True)
     return found
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise store_error(error, folder, "write") from error
+
+
+def _same(done: Siit, run: Training) -> Siit:
+    """What is stored, where it is what `run` would have made."""
+    if done.config != run.config or done.alignment != run.task.alignment:
+        raise another_run(done.name, done.config, run.config)
+    return done
 
 
 def load(folder: str | Path) -> Siit:

@@ -8,7 +8,8 @@ answer must stay (the strict loss).
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +22,30 @@ from headwater.bench.siit.alignment import Alignment, align
 from headwater.bench.siit.causal import NO_VALUE, CausalGraph, Swap
 from headwater.bench.siit.config import SiitConfig
 from headwater.bench.siit.swapping import Swapper
-from headwater.core.errors import StoreError
+from headwater.core.errors import MethodError, StoreError, did_you_mean
 from headwater.core.progress import note, track
 
 if TYPE_CHECKING:
     from headwater.core.model import Model
 
 
+STATE = "training"
+"""The folder, in a model's own, of a run that is not done."""
+
+
+def another_run(name: str, there: Any, wanted: SiitConfig) -> StoreError:
+    """The error of a folder that holds the run of another config, naming what differs."""
+    known, asked = (dict(one) if isinstance(one, Mapping) else asdict(one) for one in (there, wanted))
+    differs = [f"{key}={known.get(key)!r}, not {value!r}" for key, value in asked.items() if known.get(key) != value]
+    return StoreError(
+        "this folder holds another training run",
+        got=f"{name} with {', '.join(differs) or 'another alignment'}",
+        fix="Choose a new folder, or train that config",
+    )
+
+
 def causal_graph(config: SiitConfig) -> CausalGraph:
-    """The causal graph that a config names."""
+    """The causal graph that a config names. Raises MethodError, with near names, for an unknown one."""
     if config.graph == "ioi":
         from headwater.bench.siit.ioi import IOI
 
@@ -37,6 +53,9 @@ def causal_graph(config: SiitConfig) -> CausalGraph:
     from headwater.bench.rasp.library import programs
     from headwater.bench.siit.programs import RaspGraph
 
+    if config.graph not in programs:
+        known = did_you_mean(config.graph, ["ioi", *programs.names()], limit=40)
+        raise MethodError("unknown causal graph", got=repr(config.graph), wanted=known)
     program = programs.get(config.graph)
     return RaspGraph(program.name, program.make(), program.vocabulary, length=config.length)
 
@@ -174,6 +193,7 @@ class Training:
         self.weights = [weight for weight in model.hf.parameters()]
         for weight in self.weights:
             weight.requires_grad_(True)
+        self.average = [weight.detach().clone() for weight in self.weights]
         self.adam = torch.optim.AdamW(
             self.weights, lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.98), foreach=True
         )
@@ -192,7 +212,8 @@ class Training:
                 break
             found = self._step()
             if self.step % config.check_every == 0 or self.step == config.steps:
-                seen = quick_check(self.task, config.check_rows, seed=config.seed + self.step)
+                with self.averaged():
+                    seen = quick_check(self.task, config.check_rows, seed=config.seed + self.step)
                 good = seen["iia"] >= config.enough and seen["outside"] <= config.quiet
                 self.passed = self.passed + 1 if good and seen["accuracy"] >= config.enough else 0
                 self.history.append({"step": float(self.step), **found, **seen})
@@ -216,12 +237,32 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
+        share = min(config.average, self.step / (self.step + 10))  # at first the random weights must be forgotten fast
+        with torch.no_grad():
+            for mean, weight in zip(self.average, self.weights, strict=True):
+                mean.lerp_(weight, 1 - share)
         return {name: float(value.detach()) for name, value in found.items()}
 
-    def freeze(self) -> None:
-        """End of training: no weight asks for a gradient any more."""
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model with its averaged weights, for a while."""
+        own = [weight.detach().clone() for weight in self.weights]
+        self._put(self.average)
+        try:
+            yield
+        finally:
+            self._put(own)
+
+    def finish(self) -> None:
+        """End of training: the averaged weights stay, and none asks for a gradient any more."""
+        self._put(self.average)
         for weight in self.weights:
             weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def _put(self, values: list[Tensor]) -> None:
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.copy_(value)
 
     # --- going on later
 
@@ -232,6 +273,7 @@ class Training:
         from headwater.core.files import to_json, whole_folder, write_bytes
 
         tensors = {f"weight.{i}": weight.detach().clone() for i, weight in enumerate(self.weights)}
+        tensors |= {f"average.{i}": mean.clone() for i, mean in enumerate(self.average)}
         for index, weight in enumerate(self.weights):
             for key, value in self.adam.state.get(weight, {}).items():
                 tensors[f"adam.{index}.{key}"] = torch.as_tensor(value).clone()
@@ -244,7 +286,7 @@ class Training:
             "seconds": self.seconds,
             "history": self.history,
         }
-        with whole_folder(folder / "training", replaces="state.json") as temporary:
+        with whole_folder(folder / STATE, replaces="state.json") as temporary:
             write_bytes(temporary / "state.safetensors", safetensors.torch.save(tensors))
             write_bytes(temporary / "state.json", to_json(head).encode())
 
@@ -254,27 +296,25 @@ class Training:
 
         from headwater.core.files import read_json
 
-        path = folder / "training"
+        path = folder / STATE
         if not (path / "state.json").is_file():
             return False
         head: Mapping[str, Any] = read_json(path / "state.json", what="the state of a training run")
         if head.get("config") != asdict(self.config) or head.get("alignment") != self.task.alignment.to_list():
-            raise StoreError(
-                f"{folder} holds another training run", got="another config", fix="Take a new folder, or that config"
-            )
+            raise another_run(str(folder), head.get("config") or {}, self.config)
         try:
             tensors = safetensors.torch.load((path / "state.safetensors").read_bytes())
-            with torch.no_grad():
-                for index, weight in enumerate(self.weights):
-                    weight.copy_(tensors[f"weight.{index}"])
-                    keys = ("step", "exp_avg", "exp_avg_sq")
-                    self.adam.state[weight] = {key: tensors[f"adam.{index}.{key}"] for key in keys}
+            self._put([tensors[f"weight.{index}"] for index in range(len(self.weights))])
+            self.average = [tensors[f"average.{index}"] for index in range(len(self.weights))]
+            for index, weight in enumerate(self.weights):
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                self.adam.state[weight] = {key: tensors[f"adam.{index}.{key}"] for key in keys}
             self.generator.set_state(tensors["random"])
         except (OSError, KeyError, RuntimeError, safetensors.SafetensorError) as error:
             raise StoreError(
                 f"the training run in {folder} is damaged",
                 got=f"{type(error).__name__}: {error}",
-                fix="Remove its folder `training` and start again",
+                fix=f"Remove its folder `{STATE}` and start again",
             ) from error
         self.step, self.passed = int(head["step"]), int(head["passed"])
         self.seconds, self.history = float(head["seconds"]), list(head["history"])

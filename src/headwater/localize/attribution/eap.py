@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
@@ -269,10 +269,6 @@ def only_counterfactual(method: str, against: str, why: str) -> None:
 
 def configured(kind: type[C], config: C | None, options: dict[str, Any]) -> C:
     """One config from a given one or from keywords; an unknown option is refused by name, a misfit value by type."""
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    for name in options:
-        if name not in known:
-            raise MethodError(f"unknown option of {kind.__name__}", got=repr(name), wanted=did_you_mean(name, known))
     if config is not None and options:
         raise MethodError("give a config or its options, not both", got=sorted(options))
     return config if config is not None else fitted(kind, options)

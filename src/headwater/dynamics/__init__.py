@@ -8,12 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _PLACES = {
+    "CheckpointSeries": "headwater.dynamics.series",
     "train": "headwater.dynamics.lab.training",
     "TrainConfig": "headwater.dynamics.lab.config",
     "TrainingRun": "headwater.dynamics.lab.run",
 }
 
-__all__ = ["TrainConfig", "TrainingRun", "train"]
+__all__ = ["CheckpointSeries", "TrainConfig", "TrainingRun", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -32,3 +33,4 @@ if TYPE_CHECKING:
     from headwater.dynamics.lab.config import TrainConfig
     from headwater.dynamics.lab.run import TrainingRun
     from headwater.dynamics.lab.training import train
+    from headwater.dynamics.series import CheckpointSeries

@@ -143,10 +143,11 @@ _SCHEMA: dict[str, Any] = {
 
 def _jobs(config: RatesConfig) -> Iterable[tuple[str, str, int]]:
     """(kind, program or "", seed) of every investigation; seeds do not depend on how many there are."""
-    hosts = [name for name in truth.names() if _has_pairs(name)] if set(config.kinds) != {NULLS[0]} else []
     programs = config.programs
-    if programs is None:
-        programs = hosts or [name for name in truth.names() if _has_pairs(name)]
+    hosts: list[str] = []
+    if programs is None or (config.nulls and set(config.kinds) != {NULLS[0]}):
+        hosts = [name for name in truth.names() if _has_pairs(name)]
+    programs = hosts if programs is None else programs
     for number in range(config.nulls):
         kind = config.kinds[number % len(config.kinds)]
         seed = 1_000_003 * config.seed + number

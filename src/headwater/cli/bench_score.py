@@ -28,6 +28,9 @@ def truth(
         list[Path] | None, typer.Option("--models", help="A folder that `bench train` wrote; may be repeated.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds, from 0 on.")] = 3,
+    costly_seeds: Annotated[
+        int, typer.Option(min=1, help="How many of them for methods that learn by hundreds of passes.")
+    ] = 1,
     pairs: Annotated[int, typer.Option(min=4, help="Pairs of each model, half of them to find on.")] = 64,
     out: Annotated[
         Path | None, typer.Option(help="A folder that keeps every cell; a run that was stopped goes on from there.")
@@ -45,7 +48,9 @@ def truth(
     named = _names(programs)
     chosen: list[Any] | None = [*(named or []), *(models or [])] or None
     with progress_shown():
-        found = score(_names(methods), chosen, seeds=tuple(range(seeds)), pairs=pairs, out=out)
+        found = score(
+            _names(methods), chosen, seeds=tuple(range(seeds)), costly_seeds=costly_seeds, pairs=pairs, out=out
+        )
     if json:
         show_json({name: found.tables[name].to_dicts() for name in ("leaderboard", "failed", "unscored", "models")})
         return

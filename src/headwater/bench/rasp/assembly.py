@@ -50,6 +50,7 @@ def assemble(layout: Layout, output: Variable, ids: dict[str, int], *, max_lengt
             _head(block.attn, layout, placed.part, placed.start)
         else:
             _neurons(block.mlp, layout, placed.part, placed.start)
+    _embed_other_words(hf, layout, generator)
     _unembed(hf.lm_head, layout, output, ids)
     return hf.requires_grad_(True)
 
@@ -68,6 +69,18 @@ def _embed(hf: Any, layout: Layout, ids: dict[str, int]) -> None:
             case Constant(value):
                 column = torch.tensor(variable.column(value), dtype=torch.float32)
                 hf.embed_positions.weight[1:, start : start + variable.width] = column
+
+
+def _embed_other_words(hf: Any, layout: Layout, generator: torch.Generator) -> None:
+    """Words that no input has (answers, say) also write something, into scratch directions.
+
+    Else a model whose program reads no positions is silent on them, and what headwater probes at load with random words
+    (does a changed attention pattern arrive?) would say of such a model that its attention cannot be seen.
+    """
+    weight = hf.embed_tokens.weight
+    silent = (weight == 0).all(dim=1).nonzero().flatten()
+    draw = torch.randn(len(silent), len(layout.scratch), generator=generator)
+    weight[silent, layout.scratch.start : layout.scratch.stop] = draw
 
 
 def _head(attn: Any, layout: Layout, head: Head, number: int) -> None:

@@ -35,6 +35,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eap_ig_gauss": {"method": "eap_ig", "steps": 20, "rule": "gauss"},
 }
 """What methods are run with where it is not their default, and further entries that are a method with other options."""
+COSTLY = ("edge_pruning", "node_pruning", "optimal_ablation")
+"""Methods that learn by hundreds of passes: they are run with fewer seeds."""
 NO_SCORES = {
     "causal_trace": "scores tokens and layers of a subject that the behavior names, not nodes or edges",
     "subspace_check": "judges one subspace that it is given; ranks nothing",
@@ -64,6 +66,7 @@ def score(
     models: Sequence[Any] | None = None,
     *,
     seeds: Sequence[int] = (0, 1, 2),
+    costly_seeds: int = 1,
     pairs: int = 64,
     out: str | Path | None = None,
 ) -> TruthScores:
@@ -73,9 +76,9 @@ def score(
     methods: names, or name -> options (an option `method` makes the name a label, so that one method may stand there
     twice); None: all that are registered, with `OPTIONS`. models: names of compiled programs, folders of trained
     models, or objects with model and mechanism; None: all compiled programs. pairs: of each model, half of them to find
-    on. seeds: each gives other pairs, other spare parts of compiled programs, and goes to methods that draw at random.
-    out: a folder that keeps every cell as it ends; given again, those are not run again. A method that fails on a model
-    is counted with its error.
+    on. seeds: each gives other pairs, other spare parts of compiled programs, and goes to methods that draw at random;
+    methods in `COSTLY` are run with the first `costly_seeds` of them. out: a folder that keeps every cell as it ends;
+    given again, those are not run again. A method that fails on a model is counted with its error.
 
     A method that needs no counterfactual is judged by the same truth: parts whose interchange changes the answer. Known
     failure: compiled programs are not trained models; what wins here need not win there.
@@ -83,13 +86,20 @@ def score(
     Raises MethodError for unknown methods and models.
     """
     started = time.monotonic()
-    if pairs < 4 or not seeds or len(set(seeds)) != len(seeds):
-        raise MethodError("scores need pairs and seeds", got=f"pairs={pairs}, seeds={list(seeds)}", wanted="4 or more")
+    if pairs < 4 or not seeds or len(set(seeds)) != len(seeds) or costly_seeds < 1:
+        got = f"pairs={pairs}, seeds={list(seeds)}, costly_seeds={costly_seeds}"
+        raise MethodError("scores need pairs and seeds", got=got, wanted="4 pairs or more, seeds that differ")
     entries, unscored = _entries(methods)
     found = sources(models)
     cells = Cells(None if out is None else Path(out))
     silent: dict[str, str] = {}
-    jobs = [(source, seed, entry) for source in found for seed in seeds for entry in entries]
+    jobs = [
+        (source, seed, entry)
+        for source in found
+        for number, seed in enumerate(seeds)
+        for entry in entries
+        if number < costly_seeds or entry.method not in COSTLY
+    ]
     bench = _Bench(cells, pairs)
     for source, seed, entry in track(jobs, "truth", total=len(jobs)):
         if entry.label in silent:
@@ -102,7 +112,7 @@ def score(
     result.tables["unscored"] = pl.DataFrame(sorted((unscored | silent).items()), schema=UNSCORED, orient="row")
     result.facts = {"models": len(found), "methods": len(entries), "pairs": pairs, "seeds": list(seeds)}
     result.config = {
-        "pairs": pairs, "seeds": list(seeds), "models": [source.name for source in found],
+        "pairs": pairs, "seeds": list(seeds), "costly_seeds": costly_seeds, "models": [source.name for source in found],
         "methods": {e.label: {"method": e.method, **e.options} for e in entries if e.what == "method"},
     }  # fmt: skip
     result.provenance = Provenance.collect(seed=seeds[0], seconds=time.monotonic() - started)

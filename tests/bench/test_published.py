@@ -84,6 +84,12 @@ def test_swap_equals_the_plain_definition(tiny_model: "Model", rank: int | None)
         assert torch.allclose(found[i], wanted, atol=1e-3)
 
 
+def test_a_subspace_of_no_directions_changes_nothing(tiny_model: "Model") -> None:
+    """At a span that both sentences share, class means do not differ."""
+    clean = tiny_model.run([pair.base for pair in PAIRS], logits="last").logits
+    assert torch.allclose(swapped(tiny_model, "resid_post.1", PAIRS, torch.zeros(0, 32)), clean, atol=1e-5)
+
+
 def test_positions_are_those_of_the_spans(tiny_model: "Model") -> None:
     at = positions(tiny_model, [p.base for p in PAIRS], [p.base_end for p in PAIRS]).tolist()
     words = [tiny_model.tokenizer.decode([tiny_model.tokens(p.base)[0][i]]) for p, i in zip(PAIRS, at, strict=True)]
@@ -109,6 +115,8 @@ def test_subspaces_are_orthonormal_and_find_what_differs() -> None:
     assert found is not None
     assert abs(float(found[0].double() @ plain / plain.norm())) == pytest.approx(1.0, abs=1e-6)
     assert fit_subspace("full", x, labels) is None
+    same = fit_subspace("mean", torch.ones(4, 12), ["a", "b"] * 2)
+    assert same is not None and same.shape == (0, 12)
     for wrong in ({"method": "nosuch"}, {"method": "pca", "rank": 13}, {"method": "mean", "labels": ["a"] * 300}):
         with pytest.raises(MethodError):
             fit_subspace(wrong.get("method", "pca"), x, wrong.get("labels", labels), rank=wrong.get("rank", 1))  # type: ignore[arg-type]

@@ -80,9 +80,11 @@ def swapped(
 ) -> torch.Tensor:
     """Logits at the end of each base prompt [N, V], with the subspace (None: the whole vector) taken from its source.
 
-    source: the source vectors [N, width], where they are known already.
+    A basis of no rows changes nothing. source: the source vectors [N, width], where they are known already.
     """
     bases = [pair.base for pair in pairs]
+    if basis is not None and not len(basis):
+        return model.run(bases, logits="last").logits.float()
     at = positions(model, bases, [pair.base_end for pair in pairs])
     if source is None:
         source = source_vectors(model, site, pairs)
@@ -110,7 +112,9 @@ def fit_subspace(
     full: everything · pca: the `rank` directions of largest variance · mean: the span of the differences of class means
     (for two classes the difference in means; at most `rank` directions of the largest spread) · probe: the span of the
     weights of a multinomial logistic regression · random: `rank` random directions. x [N, width], one label a row.
-    Raises MethodError. Known failure: with more directions than training rows every fitted subspace is noise.
+    Where the classes do not differ at all, mean and probe have no direction: a basis of no rows. Raises MethodError.
+
+    Known failure: with more directions than training rows every fitted subspace is noise.
     """
     if method == "full":
         return None

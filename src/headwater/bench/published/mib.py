@@ -110,7 +110,11 @@ def multiple_choice(
 
 
 def indirect_object(folder: str | Path, *, n: int, seed: int = 0) -> list[Interchange]:
-    """`n` IOI pairs from the published templates and names; the source has the other person give."""
+    """`n` IOI pairs from the published templates and names; the source has the other person give.
+
+    Swapping which of the two names is the answer (the first or the second, MIB's output position) and swapping the
+    answer itself (its output token) lead to the same name; subspaces are fitted to the position.
+    """
     folder = Path(folder)
     templates, names, places, objects = (
         read_list(folder / f"ioi_{part}.json", "MIB") for part in ("templates", "names", "places", "objects")
@@ -132,7 +136,7 @@ def indirect_object(folder: str | Path, *, n: int, seed: int = 0) -> list[Interc
                 source_answer=f" {giver}",
                 label="first" if receiver == first else "second",
                 source_label="first" if giver == first else "second",
-                group="output",
+                group="output_position",
             )
         )
     return pairs

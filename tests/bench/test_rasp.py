@@ -99,6 +99,19 @@ def test_what_cannot_be_compiled_is_named(program: Any, said: str) -> None:
         compile_program(program, "abc")
 
 
+def test_everything_that_cannot_be_compiled_is_named_at_once() -> None:
+    """Each fault by itself; what reads a faulty expression is none of its own."""
+    plus = Map(lambda x: x + 1, tokens, label="plus")
+    reader = Map(lambda x: x, plus, label="reader")
+    program = SequenceMap(lambda x, y: x, reader, SelectorWidth(~SAME, label="others"), label="both")
+    with pytest.raises(RaspError) as found:
+        compile_program(program, "abc")
+    said = str(found.value)
+    assert "2 expressions" in said and "function of plus fails" in said and "`not` cannot be compiled" in said
+    assert "reader" not in said and "both" not in said and "others" not in said
+    assert "Put the condition into the predicate" in said
+
+
 def test_too_many_numbers_to_tell_apart_are_refused_only_where_it_matters() -> None:
     digits = numerical(Map(lambda t: {"a": 1, "b": 97, "c": 1009}[t], tokens, label="digit"))
     mean = Aggregate(Select(indices, indices, LE), digits, label="mean")

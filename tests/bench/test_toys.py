@@ -17,6 +17,8 @@ from headwater.bench.toys.superposing import (
     SuperpositionConfig,
     dimensionality,
     draw_features,
+    predicted_losses,
+    predicted_phase,
     reconstruct,
 )
 from headwater.bench.toys.training import AlgebraConfig, make_model, split_pairs, table_of
@@ -86,7 +88,30 @@ def test_the_phases_are_those_of_the_theory(phases: Superposition) -> None:
     assert shared["dimensionality"].to_list() == pytest.approx([0.5, 0.5], abs=0.03)
     w = phases.tensors["W"][4]
     assert float(w[0, 0] * w[0, 1]) < 0, "antipodal"
+    assert (
+        phases.facts["agreement"]
+        == (phases.tables["instances"]["phase"] == phases.tables["instances"]["predicted"]).mean()
+    )
+    assert phases.facts["agreement"] >= 5 / 6
     assert phases.chart().to_dict() and phases.facts["n_instances"] == 6
+
+
+def test_predicted_losses_are_those_of_the_candidates() -> None:
+    """Each closed form against a million samples through the model itself."""
+    candidates = {
+        "not represented": ([1.0, 0.0], lambda p: [0.0, p / 2]),
+        "superposition": ([1.0, -1.0], lambda p: [0.0, 0.0]),
+        "dedicated": ([0.0, 1.0], lambda p: [p / 2, 0.0]),
+    }
+    for density, importance in ((1.0, 0.5), (0.3, 2.0), (0.15, 1.0)):
+        x = draw_features((1, 1_000_000, 2), density, torch.Generator().manual_seed(0))
+        for phase, loss in predicted_losses(density, importance).items():
+            w, bias = candidates[phase]
+            back = reconstruct(x, torch.tensor([[w]]), torch.tensor([bias(density)]))
+            weighted = (x - back).square() * torch.tensor([1.0, importance])
+            assert float(weighted.sum(-1).mean()) == pytest.approx(loss, rel=0.03)
+    assert predicted_phase(1.0, 0.1) == "not represented" and predicted_phase(1.0, 10.0) == "dedicated"
+    assert predicted_phase(0.1, 1.0) == "superposition"
 
 
 def test_five_features_in_two_dimensions_become_a_pentagon() -> None:

@@ -91,25 +91,48 @@ def ordered(values: Iterable[Any]) -> tuple[Any, ...]:
 
 
 def infer_bases(program: SOp, vocabulary: Iterable[Any], max_length: int) -> dict[Expression, Variable]:
-    """The variable of every sequence operation in a program. Raises RaspError, naming the expression that does not fit.
+    """The variable of every sequence operation in a program. Raises RaspError, naming every expression that does not
+    fit; those that read one of them are not looked at.
 
     vocabulary: the tokens that inputs are made of. max_length: how many tokens an input has at most.
     """
     found: dict[Expression, Variable] = {}
+    faults: dict[Expression, RaspError | None] = {}
     taken: dict[str, int] = {}
     # The tokens are embedded whether or not the program reads them.
     expressions = list(walk(program))
     if not any(isinstance(expression, Tokens) for expression in expressions):
         expressions.insert(0, tokens)
     for expression in expressions:
-        if isinstance(expression, Selector):
-            _check_selector(expression, found)
-        elif isinstance(expression, SOp):
-            name = _own_name(expression, taken)
-            found[expression] = _variable(expression, name, found, ordered(vocabulary), max_length)
-        else:
-            raise RaspError("this is no RASP expression", got=type(expression).__name__)
+        if any(inner in faults for inner in getattr(expression, "inputs", ())):
+            faults[expression] = None
+            continue
+        try:
+            if isinstance(expression, Selector):
+                _check_selector(expression, found)
+            elif isinstance(expression, SOp):
+                name = _own_name(expression, taken)
+                found[expression] = _variable(expression, name, found, ordered(vocabulary), max_length)
+            else:
+                raise RaspError("this is no RASP expression", got=type(expression).__name__)
+        except RaspError as error:
+            faults[expression] = error
+    if faults:
+        raise _all_of([error for error in faults.values() if error is not None])
     return found
+
+
+def _all_of(faults: list[RaspError]) -> RaspError:
+    """One error that says all of them."""
+    if len(faults) == 1:
+        return faults[0]
+    said = [f"({i}) {fault.what}" + (f", got {fault.got}" if fault.got else "") for i, fault in enumerate(faults, 1)]
+    fixes = dict.fromkeys(fault.fix for fault in faults if fault.fix)
+    return RaspError(
+        f"{len(faults)} expressions of this program cannot be compiled",
+        got="; ".join(said),
+        fix=". ".join(fixes) or None,
+    )
 
 
 def _own_name(expression: SOp, taken: dict[str, int]) -> str:

@@ -66,11 +66,13 @@ class Superposition(Result):
     """`tables["instances"]`: instance, density, importance, loss (mean over samples of the weighted squared error),
     floor (that of the best solution that gives each of the m most important features a dimension and the others none,
     with the best bias), represented (features), dimensions_per_feature (m / ||W||^2), phase (of the last feature:
-    "not represented", "superposition" or "dedicated").
+    "not represented", "superposition" or "dedicated"), predicted (the phase that `predicted_phase` gives: of two
+    features in one dimension only).
     `tables["features"]`: instance, density, feature, importance, norm, dimensionality ||W_i||^2 / sum_j (Ŵ_i·W_j)^2,
     interference sum_{j != i} (Ŵ_i·W_j)^2, fraction (the nearest of `FRACTIONS`), away (from it).
-    `tensors["W"]`: [instances, m, n], `tensors["b"]`: [instances, n]. facts: n_instances, phases (counts), sticky
-    (share of represented features whose dimensionality is within .03 of a fraction).
+    `tensors["W"]`: [instances, m, n], `tensors["b"]`: [instances, n]. facts: n_instances, phases (counts), agreement
+    (share of instances in the predicted phase), sticky (share of represented features whose dimensionality is within
+    .03 of a fraction).
     """
 
     kind: ClassVar[str] = "superposition"
@@ -114,9 +116,11 @@ def superposition(config: SuperpositionConfig | None = None, **options: Any) -> 
     table = pl.DataFrame(features)
     there = table.filter(pl.col("norm") > REPRESENTED)
     phases = instances["phase"].value_counts().sort("phase")
+    predicted = instances["predicted"].null_count() == 0
     facts = {
         "n_instances": len(cells),
         "phases": dict(zip(phases["phase"].to_list(), phases["count"].to_list(), strict=True)),
+        "agreement": float((instances["phase"] == instances["predicted"]).mean()) if predicted else None,  # type: ignore[arg-type]
         "sticky": float((there["away"] < 0.03).mean()) if there.height else None,  # type: ignore[arg-type]
     }
     return Superposition(
@@ -147,6 +151,26 @@ def dimensionality(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     total = overlaps.sum(dim=-1)
     own = norm.square()
     return norm, torch.where(total > 1e-12, own / total.clamp(min=1e-12), 0.0), (total - own).clamp(min=0)
+
+
+def predicted_losses(density: float, importance: float) -> dict[str, float]:
+    """The loss of each candidate of Elhage et al. (2022) for two features in one dimension, the first of importance 1.
+
+    The last left out (W = (1, 0), its bias its mean), dedicated (W = (0, 1)), or antipodal to the first (W = (1, -1),
+    no bias: wrong by the smaller of the two where both are there, whose mean square is 1/6).
+    """
+    variance = density / 3 - density**2 / 4
+    return {
+        "not represented": importance * variance,
+        "superposition": (1 + importance) * density**2 / 6,
+        "dedicated": variance,
+    }
+
+
+def predicted_phase(density: float, importance: float) -> str:
+    """The candidate of least loss. Training may do better than any of them, as it also scales W and shifts biases."""
+    losses = predicted_losses(density, importance)
+    return min(losses, key=lambda phase: losses[phase])
 
 
 def _weights(config: SuperpositionConfig, importance: float) -> Tensor:
@@ -225,6 +249,7 @@ def _instance_rows(
     features: list[dict[str, Any]],
 ) -> pl.DataFrame:
     rows: list[dict[str, Any]] = []
+    smallest = (config.features, config.hidden, config.weighting) == (2, 1, "last")
     for i, (density, relative) in enumerate(cells):
         own = [row for row in features if row["instance"] == i]
         last = own[-1]
@@ -242,6 +267,7 @@ def _instance_rows(
                 "represented": sum(row["norm"] > REPRESENTED for row in own),
                 "dimensions_per_feature": config.hidden / max(float(w[i].square().sum()), 1e-12),
                 "phase": phase if last["norm"] > REPRESENTED else "not represented",
+                "predicted": predicted_phase(density, relative) if smallest else None,
             }
         )
-    return pl.DataFrame(rows)
+    return pl.DataFrame(rows, schema_overrides={"predicted": pl.String})

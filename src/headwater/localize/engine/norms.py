@@ -93,6 +93,7 @@ def measure_norm(module: nn.Module | None, width: int) -> Norm:
     if not isinstance(y, Tensor) or y.shape != x.shape:
         return Norm(module, "module")
     tolerance = _TOLERANCE.get(dtype, 1e-2)
+    scale = y.double().abs().amax(dim=0).clamp(min=1e-30)  # trained weights may be in the hundreds, or next to nothing
     best, norm = tolerance, Norm(module, "module")
     named = [
         float(getattr(module, name)) for name in ("eps", "variance_epsilon", "norm_eps") if _is_number(module, name)
@@ -101,7 +102,7 @@ def measure_norm(module: nn.Module | None, width: int) -> Norm:
         for kind in ("rms", "layer"):
             for plus_one in (False, True):
                 tried = Norm(module, kind, plus_one, eps)
-                error = float((tried.apply(x.double()) - y.double()).abs().max())
+                error = float(((tried.apply(x.double()) - y.double()).abs() / scale).max())
                 if error < best:
                     best, norm = error, tried
     return norm

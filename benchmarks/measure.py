@@ -136,7 +136,9 @@ def begin(title: str, threads: int) -> argparse.Namespace:
     )
     parser.add_argument("--only", default=None, help="run one job once and print this process's peak memory")
     parser.add_argument("--parts", nargs="*", default=None, help="only these parts of a benchmark that has several")
+    parser.add_argument("--threads", type=int, default=threads, help="threads of torch (peaks are of one thread)")
     arguments, _ = parser.parse_known_args()
+    threads = arguments.threads
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     warnings.filterwarnings("ignore")

@@ -17,6 +17,7 @@ from benchmarks import measure, models, pairs
 from benchmarks.localize import eap_ig
 
 PAIRS, TOKENS, SHARED, STEPS, FRACTION = 32, 20, 12, 5, 0.05
+FRACTIONS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 FEW = 16
 """Pairs for EAP-IG's own code, which takes CPU minutes for more; headwater is measured on the same few beside it."""
 PATCHED = 8
@@ -163,7 +164,7 @@ def against_floor(name: str, title: str, rounds: int, peaks: bool) -> None:
             measure.bar(f"{name}: peak memory of {job} over bare", memory[job] / bare, 2.0)  # type: ignore[operator]
 
 
-def against_eap_ig(rounds: int) -> None:
+def against_eap_ig(rounds: int, *, peaks: bool) -> None:
     model, behavior = setting("gpt2", FEW)
     group = one_group(model, behavior)
     mine, theirs = ours(model, behavior), eap_ig.EapIg(model.hf)
@@ -192,24 +193,36 @@ def against_eap_ig(rounds: int) -> None:
     )
 
     table, found = [], {}
+    ranked = localize.eap(model, behavior)
     works: dict[str, tuple[Job, Job, int]] = {
         "EAP": (mine["eap"], lambda: theirs.scores(group, "EAP"), rounds),
         "EAP-IG, 5 steps": (mine["eap_ig"], lambda: theirs.scores(group, "EAP-IG-inputs", STEPS), 1),
         "one evaluation": (lambda: circuit.faithfulness(behavior), lambda: theirs.evaluate(group), rounds),
+        "one circuit's faithfulness": (
+            lambda: circuit.faithfulness(behavior),
+            lambda: theirs.faithfulness(group),
+            rounds,
+        ),
+        f"faithfulness at {len(FRACTIONS)} sizes": (
+            lambda: ranked.curve(behavior, fractions=FRACTIONS),
+            lambda: theirs.faithfulness(group, FRACTIONS),
+            1,
+        ),
     }
     for work, (us, them, n) in works.items():
         spent = measure.interleaved({"headwater": us, "EAP-IG library": them}, n, warm=0)
         found[work] = measure.ratios(spent, "headwater")["EAP-IG library"]
         mean = {name: measure.Spread.of(times).text() for name, times in spent.items()}
         table.append([work, mean["headwater"], mean["EAP-IG library"], found[work].text(1), n])
-    keys = ("eapig:EAP", "eapig:EAP-IG-inputs")
-    memory = {key: measure.peak_mb("benchmarks.localize.circuits", key) for key in keys}
+        print(" ", *table[-1], sep=" | ", flush=True)  # it takes long: what was measured is not lost with the rest
     measure.table(
-        f"GPT-2-small, random weights, {FEW} pairs x {TOKENS} tokens, beside EAP-IG's own code (peak MB of its "
-        f"processes at {FEW} pairs: EAP {memory[keys[0]]}, EAP-IG {memory[keys[1]]})",
+        f"GPT-2-small, random weights, {FEW} pairs x {TOKENS} tokens, beside EAP-IG's own code",
         ["", "headwater CPU s", "EAP-IG library CPU s", "times faster", "rounds"],
         table,
     )
+    for method in ("EAP", "EAP-IG-inputs") if peaks else ():
+        peak = measure.peak_mb("benchmarks.localize.circuits", f"eapig:{method}")
+        print(f"  peak MB of the library's process at {FEW} pairs, {method}: {peak}")
     for work, wanted in (("EAP", 15.0), ("EAP-IG, 5 steps", 15.0), ("one evaluation", 10.0)):
         measure.bar(f"{work}: times faster than EAP-IG's own code", found[work].median, wanted, at_least=True)
 
@@ -288,14 +301,14 @@ def main() -> None:
         only(arguments.only)
         return
     rounds = arguments.rounds or 3
-    parts = arguments.parts or ["floor", "lens", "eap_ig"]
+    parts = arguments.parts or ["floor", "lens", "eap_ig", "peaks"]
     if "floor" in parts:
         against_floor("gpt2", "GPT-2-small, random weights", rounds, peaks=True)
         against_floor("smollm2", "SmolLM2-135M, ioi", rounds, peaks=True)
     if "lens" in parts and measure.installed("transformer_lens"):
         against_transformer_lens(2)
     if "eap_ig" in parts and eap_ig.available():
-        against_eap_ig(arguments.rounds or 2)
+        against_eap_ig(arguments.rounds or 2, peaks="peaks" in parts)
 
 
 if __name__ == "__main__":

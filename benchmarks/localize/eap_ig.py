@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +58,7 @@ class EapIg:
         for module in (eap.attribute, eap.evaluate):
             module.torch, module.tokenize_plus = _OnCpu("torch"), ready
         self.attribute, self.evaluate_graph = eap.attribute.attribute, eap.evaluate.evaluate_graph
+        self.evaluate_baseline = eap.evaluate.evaluate_baseline
         self.model = models.hooked_gpt2(hf, use_attn_result=True, use_split_qkv_input=True, use_hook_mlp_in=True)
         self.graph = Graph.from_model(self.model)
 
@@ -73,12 +75,22 @@ class EapIg:
 
     def evaluate(self, group: Any) -> torch.Tensor:
         """[pairs]: the metric of the circuit that is in the graph."""
+        loader = [(group.clean, group.corrupt, group)]
+        return self.evaluate_graph(self.model, self.graph, loader, _metric, quiet=True)  # type: ignore[no-any-return]
 
-        def metric(logits: torch.Tensor, _clean: Any, _lengths: Any, label: Any) -> torch.Tensor:
-            return _difference(logits, label)
-
-        found = self.evaluate_graph(self.model, self.graph, [(group.clean, group.corrupt, group)], metric, quiet=True)
-        return found  # type: ignore[no-any-return]
+    def faithfulness(self, group: Any, fractions: Sequence[float] | None = None) -> list[float]:
+        """Of the circuit that is in the graph, or of the top edges by its scores at each size: (circuit - corrupt) /
+        (clean - corrupt), which takes the metric of the whole model on both sides too.
+        """
+        loader = [(group.clean, group.corrupt, group)]
+        clean = self.evaluate_baseline(self.model, loader, _metric, quiet=True).mean()
+        corrupt = self.evaluate_baseline(self.model, loader, _metric, run_corrupted=True, quiet=True).mean()
+        values = []
+        for fraction in fractions or [None]:
+            if fraction is not None:
+                self.graph.apply_topn(int(fraction * int(self.graph.real_edge_mask.sum())), absolute=True)
+            values.append(float((self.evaluate(group).mean() - corrupt) / (clean - corrupt)))
+        return values
 
     def in_order_of(self, graph: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(sources, readers): where headwater's sources and readers stand in this library's tables."""
@@ -90,6 +102,10 @@ class EapIg:
             qkv = part.rstrip(">") or None
             readers.append(self.graph.backward_index(nodes[node], qkv=qkv, attn_slice=False))
         return torch.tensor(sources), torch.tensor(readers)
+
+
+def _metric(logits: torch.Tensor, _clean: Any, _lengths: Any, label: Any) -> torch.Tensor:
+    return _difference(logits, label)
 
 
 def _difference(logits: torch.Tensor, group: Any) -> torch.Tensor:

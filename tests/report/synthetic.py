@@ -16,6 +16,7 @@ from headwater.core.results import Provenance, Result
 from headwater.report.gather import Found, Gathered
 
 from .synthetic_bench import TABLES
+from .synthetic_dynamics import TABLES as DYNAMICS
 
 HOSTILE = '<script>alert("x")</script>'
 N_LAYERS, N_HEADS, N_KV = 30, 9, 3
@@ -595,7 +596,10 @@ MAKERS = {
     "cdt": ("localize", lambda: node_map("cdt")),
     "head_codes": ("localize", lambda: node_map("head_codes")),
     "attention_tracing": ("localize", attention_tracing),
-    **{kind: (stage, lambda kind=kind, make=make: result(kind, make())) for kind, (stage, make) in TABLES.items()},
+    **{
+        kind: (stage, lambda kind=kind, make=make: result(kind, make()))
+        for kind, (stage, make) in {**TABLES, **DYNAMICS}.items()
+    },
 }
 
 

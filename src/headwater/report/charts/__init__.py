@@ -7,6 +7,7 @@ from headwater.report.charts.benches import learned_program, minimality, mips, p
 from headwater.report.charts.circuits import circuit, faithfulness, null
 from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.comparisons import comparison, head_groups, reuse
+from headwater.report.charts.dynamics import series_audit, timeline, training
 from headwater.report.charts.known import algebra, recovery, siit_report, superposition
 from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
@@ -60,6 +61,9 @@ KINDS = (
     "head_codes",
     "attention_tracing",
     "truth_scores",
+    "training",
+    "timeline",
+    "series_audit",
 )
 
 
@@ -114,9 +118,12 @@ __all__ = [
     "recovery",
     "reuse",
     "search",
+    "series_audit",
     "siit_report",
     "strongest_nodes",
     "subspace",
     "superposition",
+    "timeline",
+    "training",
     "truth_scores",
 ]

@@ -1,0 +1,158 @@
+"""Charts over training: loss curves, timelines of measures, distances between checkpoints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from headwater.report.charts.parts import WIDTH, Row, data, heat, nothing, rows, themed
+from headwater.report.theme import color
+from headwater.report.words import number
+
+_POINTS = 400  # of a curve; more cannot be told apart
+_LINES = 6  # of one measure in a timeline
+
+
+def training(result: Any) -> Any:
+    """The loss of each batch, and of the validation data where there is some, over the steps."""
+    found = [row for row in rows(result.tables.get("curve"), "step", "loss") if None not in (row["step"], row["loss"])]
+    shown: list[Row] = [{"step": row["step"], "value": row["loss"], "line": "training"} for row in _thin(found)]
+    for row in rows(result.tables.get("validation"), "step", "name", "loss"):
+        if None not in (row["step"], row["loss"], row["name"]):
+            shown.append({"step": row["step"], "value": row["loss"], "line": row["name"]})
+    if not shown:
+        return themed(nothing())
+    for row in shown:
+        row["tip"] = f"step {row['step']}, {row['line']}: {number(row['value'])}"
+    return themed(_lines(shown, "loss (nats)").properties(width=WIDTH - 100, height=200))
+
+
+def timeline(result: Any) -> Any:
+    """Each measure over the steps, a panel a measure; shaded where it has an interval, ruled where a transition is."""
+    found = rows(result.tables.get("values"), "step", "measure", "name", "value", "lo", "hi")
+    found = [row for row in found if None not in (row["step"], row["measure"], row["value"])]
+    if not found:
+        return themed(nothing())
+    changes = [
+        row
+        for row in rows(result.tables.get("transitions"), "measure", "name", "step", "lo", "hi")
+        if row["step"] is not None
+    ]
+    panels: list[Any] = []
+    for measure in list(dict.fromkeys(row["measure"] for row in found)):
+        mine = [row for row in found if row["measure"] == measure]
+        shown = [
+            {
+                "step": row["step"], "value": row["value"], "lo": row["lo"], "hi": row["hi"],
+                "line": str(row["name"] or measure),
+                "tip": f"step {row['step']}, {row['name'] or measure}: {number(row['value'])}",
+            }
+            for row in mine
+            if row["name"] in _widest(mine)
+        ]  # fmt: skip
+        rules = [row for row in changes if row["measure"] == measure and row["name"] in _widest(mine)]
+        panels.append(_panel(shown, str(measure), rules).properties(width=WIDTH - 160, height=110))
+    return themed(alt.vconcat(*panels, spacing=16).resolve_scale(color="independent", x="shared"))
+
+
+def series_audit(result: Any) -> Any:
+    """Distances between all checkpoints, as a share of their norm: smooth outwards from the diagonal if all is well."""
+    table = rows(result.tables.get("checkpoints"), "step", "name", "norm", "flag", "why")
+    distance = result.tensors.get("distance")
+    if not table:
+        return themed(nothing())
+    if distance is None or tuple(distance.shape) != (len(table), len(table)):
+        return themed(_flags(table))
+    chosen = _spread(range(len(table)), 40)
+    cells: list[Row] = []
+    for i in chosen:
+        for j in chosen:
+            value, norm = float(distance[i, j]), table[i]["norm"]
+            if value != value or not norm:
+                continue
+            a, b = table[i], table[j]
+            said = f"{a['name']} to {b['name']}: {number(value / norm)}" + (f", {a['flag']}" if a["flag"] else "")
+            cells.append({"x": _label(b), "y": _label(a), "value": value / norm, "tip": said})
+    if not cells:
+        return themed(_flags(table))
+    extreme = max(cell["value"] for cell in cells)
+    return themed(heat(cells, x="step", y="step", legend="distance", extreme=extreme, step=(13, 13)))
+
+
+def _label(row: Row) -> str:
+    return f"{row['step']}" + (" !" if row["flag"] else "")
+
+
+def _flags(table: list[Row]) -> Any:
+    """Without distances: which checkpoints are flagged."""
+    shown = [
+        {
+            "label": str(row["name"]),
+            "flag": row["flag"] or "no flag",
+            "tip": f"{row['name']}: {row['why'] or 'no flag'}",
+        }
+        for row in table[:60]
+    ]
+    chart = alt.Chart(data(shown)).mark_point(size=52, filled=True)
+    return chart.encode(
+        x=alt.X("flag:N", title=None), y=alt.Y("label:N", sort=None, title=None), description="tip:N", tooltip="tip:N"
+    ).properties(width=220, height=alt.Step(15))
+
+
+def _panel(shown: list[Row], title: str, changes: list[Row]) -> Any:
+    layers: list[Any] = []
+    banded = [row for row in shown if row["lo"] is not None and row["hi"] is not None]
+    if banded:
+        band = alt.Chart(data(banded)).mark_area(opacity=0.15)
+        layers.append(band.encode(x=_steps(), y="lo:Q", y2="hi:Q", color=_hue(shown)))
+    layers.append(_lines(shown, title))
+    if changes:
+        told = [
+            {"step": row["step"],
+             "tip": f"{row['name'] or title} changes at {row['step']} ({number(row['lo'])} to {number(row['hi'])})"}
+            for row in changes
+        ]  # fmt: skip
+        rule = alt.Chart(data(told)).mark_rule(color=color("null"), strokeDash=[3, 3])
+        layers.append(rule.encode(x=_steps(), description="tip:N", tooltip="tip:N"))
+    return alt.layer(*layers)
+
+
+def _lines(shown: Sequence[Row], title: str) -> Any:
+    base = alt.Chart(data(shown)).encode(
+        x=_steps(), y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)), color=_hue(shown)
+    )
+    dots = base.mark_point(size=14, filled=True).encode(description="tip:N", tooltip="tip:N")
+    return alt.layer(base.mark_line(strokeWidth=1.5), dots)
+
+
+def _steps() -> Any:
+    # steps are log-spaced and begin at 0
+    return alt.X("step:Q", title="step", scale=alt.Scale(type="symlog"), axis=alt.Axis(tickCount=6, labelOverlap=True))
+
+
+def _hue(shown: Sequence[Row]) -> Any:
+    names = list(dict.fromkeys(row["line"] for row in shown))
+    palette = [color("pos"), color("neg"), color("null"), "#9467bd", "#8c6d31", "#17becf", "#7f7f7f", "#bcbd22"]
+    colors = [palette[i % len(palette)] for i in range(len(names))]
+    legend = alt.Legend(title=None, orient="right", symbolType="stroke") if len(names) > 1 else None
+    return alt.Color("line:N", scale=alt.Scale(domain=names, range=colors), legend=legend)
+
+
+def _widest(mine: list[Row]) -> set[Any]:
+    """The names whose values move most: a measure of every head would otherwise be a tangle."""
+    values: dict[Any, list[float]] = {}
+    for row in mine:
+        values.setdefault(row["name"], []).append(row["value"])
+    ranked = sorted(values, key=lambda name: -(max(values[name]) - min(values[name])))
+    return set(ranked[:_LINES])
+
+
+def _thin(found: list[Row]) -> list[Row]:
+    return [found[i] for i in _spread(range(len(found)), _POINTS)]
+
+
+def _spread(places: Sequence[int], n: int) -> list[int]:
+    """At most n of these places, evenly, the ends among them."""
+    if len(places) <= n:
+        return list(places)
+    return sorted({places[round(i * (len(places) - 1) / (n - 1))] for i in range(n)})

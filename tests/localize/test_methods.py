@@ -346,7 +346,7 @@ def test_norms_are_measured_and_differentiated(kind: str) -> None:
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, 500.0])
 def test_a_norm_is_known_whatever_the_size_of_its_weights(size: float) -> None:
-    """Gemma-3-270M's trained norms have weights in the hundreds: float32's rounding of what they give is no other form."""
+    """Gemma-3-270M has norms with weights in the hundreds: float32's rounding of what they give is no other form."""
     rms, layer = torch.nn.RMSNorm(64, eps=1e-6), torch.nn.LayerNorm(64)
     for module in (rms, layer):
         module.weight.data.copy_(size * (torch.randn(64, generator=torch.Generator().manual_seed(1)) + 0.1))

@@ -105,7 +105,8 @@ def published(
     elif name == "interpbench":
         from headwater.bench.published import interpbench
 
-        result = interpbench(_given(data, "--data"), **options, **({} if n is None else {"n": n}))
+        size: dict[str, Any] = {} if n is None else {"n": n}
+        result = interpbench(_given(data, "--data"), **options, **size)
     else:
         from headwater.core.loading import load
 

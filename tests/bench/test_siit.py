@@ -610,14 +610,33 @@ def test_what_an_interpbench_model_has_and_this_reader_has_not_is_named(tmp_path
         siit.load_interpbench(folder)
 
 
+@pytest.fixture(scope="session")
+def ioi_trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[siit.Siit, Path]:
+    """Some minutes on a quiet core: the whole recipe on IOI, within half of its steps."""
+    folder = tmp_path_factory.mktemp("siit") / "ioi"
+    return siit.train("ioi", out=folder, steps=1500), folder
+
+
 @pytest.mark.slow
-def test_ioi_is_trained_and_recovered(tmp_path: Path) -> None:
-    """About four minutes on a quiet core: the whole recipe on IOI."""
-    made = siit.train("ioi", out=tmp_path)
-    assert made.report.facts["iia"] >= 0.97 and made.report.facts["outside"] <= 0.02, made.report.facts
-    pairs = made.behavior(100)
-    found = siit.recovery(hw.localize.eap_ig(made.model, pairs), made.mechanism)
-    patched = siit.recovery(hw.localize.patch(made.model, pairs, sites=["head", "mlp_out"]), made.mechanism)
-    assert found.facts["node_auroc"] == 1.0 and patched.facts["node_auroc"] == 1.0
-    assert found.facts["edge_auroc"] >= 0.9
-    assert load_result(tmp_path / "report").facts["passed"] == made.report.facts["passed"]
+@pytest.mark.timeout(1800)
+def test_ioi_is_trained(ioi_trained: tuple[siit.Siit, Path]) -> None:
+    """Within these steps the inhibition head still carries some of the name beside its position."""
+    made, folder = ioi_trained
+    facts = made.report.facts
+    assert facts["accuracy"] >= 0.99 and facts["iia"] >= 0.8 and facts["outside"] <= 0.01, facts
+    assert load_result(folder / "report").facts["passed"] == facts["passed"]
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_circuit_of_ioi_is_recovered(ioi_trained: tuple[siit.Siit, Path]) -> None:
+    made, _ = ioi_trained
+    pairs = made.behavior(64)
+    options: dict[str, dict[str, Any]] = {"eap_ig": {}, "acdc": {}, "patch": {"sites": ["head", "mlp_out"]}}
+    for method, given in options.items():
+        found = siit.recovery(hw.localize.methods.get(method)(made.model, pairs, **given), made.mechanism).facts
+        assert found["node_auroc"] == 1.0 and found["node_precision"] == 1.0, (method, found)
+        if method != "patch":
+            assert found["n_true_edges"] == 5 and found["edge_precision"] >= 0.8, (method, found)
+            assert found["edge_auroc"] >= 0.98, (method, found)

@@ -23,6 +23,7 @@ from headwater.claims.statistics import bootstrap, p_from_draws, sign_flip
 from headwater.core.errors import MethodError, did_you_mean
 from headwater.core.interventions import replace
 from headwater.core.progress import track
+from headwater.core.repeats import attention_on_random_tokens, patterns
 from headwater.core.results import Provenance, Result, register_result
 
 if TYPE_CHECKING:
@@ -171,25 +172,6 @@ def heads(
 # --- attention
 
 
-def attention_on_random_tokens(
-    model: "Model", *, sequences: int = 12, length: int = 20, seed: int = 0
-) -> dict[str, Tensor]:
-    """Mean attention [L, H] to the place of each role, on `sequences` of `length` random tokens said twice.
-
-    Read at the second half: the token before, the same token in the first half, the token after that one.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    special = set(getattr(model.tokenizer, "all_special_ids", None) or ())
-    usable = torch.tensor([token for token in range(model.d_vocab) if token not in special])
-    if model.max_length is not None:
-        length = min(length, model.max_length // 2)
-    draw = usable[torch.randint(len(usable), (sequences, length), generator=generator)]
-    pattern = _patterns(model, draw.repeat(1, 2))
-    at = torch.arange(length, 2 * length)
-    places = {"previous_token": at - 1, "duplicate_token": at - length, "induction": at - length + 1}
-    return {role: pattern[:, :, :, at, to].mean(dim=(0, 3)).double() for role, to in places.items()}
-
-
 def attention_to_places(model: "Model", pairs: "Bound", roles: Iterable[str]) -> dict[str, Tensor | None]:
     """Attention [pairs, L, H] to the place of each role on a behavior's prompts; None where they have no such place.
 
@@ -198,7 +180,7 @@ def attention_to_places(model: "Model", pairs: "Bound", roles: Iterable[str]) ->
     roles = list(roles)
     found: dict[str, list[Tensor]] = {role: [] for role in roles}
     for group in pairs.groups:
-        pattern = _patterns(model, group.clean)
+        pattern = patterns(model, group.clean)
         for role in roles:
             weight = _place(role, group)
             read = torch.einsum("blhts,bts->blh", pattern, weight.to(pattern))
@@ -235,12 +217,6 @@ def _place(role: str, group: "Group") -> Tensor:
         weight[rows, -1, named["S2"]] = 1.0
     readers = (weight.sum(dim=2) > 0).sum(dim=1).clamp(min=1)
     return weight / readers[:, None, None]
-
-
-def _patterns(model: "Model", ids: Tensor) -> Tensor:
-    """[B, L, H, T, S]."""
-    run = model.run(ids, capture="pattern.*", logits="none")
-    return torch.stack([run[f"pattern.{layer}"] for layer in range(model.n_layers)], dim=1).cpu().float()
 
 
 # --- what heads write

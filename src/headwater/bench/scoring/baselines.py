@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def random_scores(model: "Model", behavior: "Behavior", seed: int) -> Reading:
-    """A uniform number for every node, and one for every edge."""
+    """A uniform number for every node, and one for every edge; other numbers for each behavior and seed."""
     graph = graph_of(model)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(behavior.hash[:8], 16) + seed)
     nodes = torch.rand(len(graph.sources), generator=generator, dtype=torch.float64)
     edges = torch.rand(graph.allowed.shape, generator=generator, dtype=torch.float64)
     return Reading(nodes=nodes, edges=edges.masked_fill(~graph.allowed, torch.nan))

@@ -81,7 +81,8 @@ def atp_star(
     limit: with `confidence`, no other node's mean effect is larger, if nodes among random others do on average what
     they do alone. Costs two forwards, half a backward a layer, and one partial forward a node verified or set. Options
     are those of `AtpStarConfig`. Known failure: what a node does through a saturated softmax or gate further up is
-    still taken to first order, and the bound says nothing of nodes that act only together.
+    still taken to first order, the bound says nothing of nodes that act only together, and with `grad_drop` a node
+    whose every way to the metric leads through each later layer has size 0 (it may still be in `missed`).
 
     Raises ModelError for a model without a circuit graph, MethodError for a metric without gradient.
     """

@@ -22,7 +22,8 @@ def grad_drop(
     as soon as that layer is in doubt; with that layer dropped the direct effect stands. Queries and keys are scored by
     the softmax's gradient; with the softmax computed again and verified it is `atp_star`. `tables["nodes"]`: node,
     part, layer, score, estimate[, position], as there. Costs two forwards and half a backward a layer. Options are
-    those of `GradDropConfig`. Known failure: saturated softmaxes, and effects that two layers together undo.
+    those of `GradDropConfig`. Known failure: saturated softmaxes, effects that two layers together undo, and chains: a
+    node whose every way to the metric leads through each later layer scores 0, as in many models of two layers.
 
     Raises as `atp_star` does.
     """

@@ -99,9 +99,9 @@ def learn_program(task: str | SequenceTask, *, config: ProgramsConfig | None = N
     fitted again for the discrete variables and rounded to integers, so that source and model agree exactly. Raises
     MethodError for an unknown task or option.
 
-    Known failure: most random starts stop in local optima; sorting, ranking by frequency and two kinds of brackets stay
-    well below what a transformer reaches, so the table of seeds belongs to every claim. The interval over seeds is a
-    bootstrap of few runs, and narrower than the truth.
+    Known failure: random starts stop in local optima (three of five on the histogram with the default config), so the
+    table of seeds belongs to every claim. The interval over seeds is a bootstrap of few runs, and narrower than the
+    truth.
     """
     from headwater.localize.attribution.eap import configured
 

@@ -77,15 +77,15 @@ _SHIPPED: dict[str, dict[str, Any]] = {
     "shift_by_2": {"graph": "shift_by_2"},
     "repeats": {"graph": "repeats"},
     "first_occurrence": {"graph": "first_occurrence"},
-    "histogram": {"graph": "histogram"},
-    "parity": {"graph": "causal_parity"},
+    "histogram": {"graph": "histogram", "steps": 4000},
+    "parity": {"graph": "causal_parity", "steps": 4000},
     "detect_abc": {"graph": "detect_abc"},
     "more_x_than_y": {"graph": "more_x_than_y"},
-    "pair_difference": {"graph": "pair_difference"},
-    "depth": {"graph": "depth", "family": "llama"},
-    "distinct": {"graph": "distinct"},
-    "rank": {"graph": "rank", "family": "llama"},
-    "induction": {"graph": "causal_induction", "n_layers": 4},
+    "pair_difference": {"graph": "pair_difference", "steps": 4000},
+    "depth": {"graph": "depth", "family": "llama", "steps": 4000},
+    "distinct": {"graph": "distinct", "steps": 4000},
+    "rank": {"graph": "rank", "family": "llama", "steps": 4000},
+    "induction": {"graph": "causal_induction", "n_layers": 4, "steps": 4000},
 }
 for _name, _options in _SHIPPED.items():
     configs.register(_name)(SiitConfig(**_options))

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 _PLACES = {
     "CheckpointSeries": "headwater.dynamics.series",
+    "Timeline": "headwater.dynamics.timeline",
+    "track": "headwater.dynamics.timeline",
     "train": "headwater.dynamics.lab.training",
     "TrainConfig": "headwater.dynamics.lab.config",
     "TrainingRun": "headwater.dynamics.lab.run",
 }
 
-__all__ = ["CheckpointSeries", "TrainConfig", "TrainingRun", "train"]
+__all__ = ["CheckpointSeries", "Timeline", "TrainConfig", "TrainingRun", "track", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,3 +36,4 @@ if TYPE_CHECKING:
     from headwater.dynamics.lab.run import TrainingRun
     from headwater.dynamics.lab.training import train
     from headwater.dynamics.series import CheckpointSeries
+    from headwater.dynamics.timeline import Timeline, track

@@ -6,7 +6,7 @@ Steps come from names: Pythia's `step1000`; OLMo's `stage1-step1000-tokens5B` an
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from headwater.core.cache import cache_root
 from headwater.core.errors import ModelError, StoreError, did_you_mean
 from headwater.core.loading_hf import first_line, probe
+from headwater.dynamics.lab.run import TrainingRun
 
 if TYPE_CHECKING:
     from headwater.core.model import Model
@@ -83,7 +84,7 @@ class CheckpointSeries:
     @classmethod
     def of(
         cls,
-        source: "str | Path | Mapping[int, str | Path] | CheckpointSeries | Any",
+        source: "str | Path | Mapping[int, str | Path] | CheckpointSeries | TrainingRun",
         *,
         stage: int | None = None,
         ingredient: int | None = None,
@@ -99,7 +100,7 @@ class CheckpointSeries:
         """
         if isinstance(source, CheckpointSeries):
             return source
-        if hasattr(source, "folder") and hasattr(source, "steps"):  # a TrainingRun
+        if isinstance(source, TrainingRun):
             source = source.path
         if isinstance(source, Mapping):
             return cls([_given(step, one) for step, one in source.items()], name="checkpoints", cache_dir=cache_dir)
@@ -167,11 +168,15 @@ class CheckpointSeries:
         """The model of one step; options as in `headwater.load`."""
         return self._open(self[step], options)
 
-    def load(self, *, ahead: int = 1, **options: Any) -> "Iterator[tuple[Checkpoint, Model]]":
+    def load(
+        self, *, ahead: int = 1, skip: Callable[[Checkpoint], bool] | None = None, **options: Any
+    ) -> "Iterator[tuple[Checkpoint, Model]]":
         """(checkpoint, model) for each, in order.
 
         While one is looked at, the files of the next `ahead` are fetched in a thread: downloaded from the hub (what its
         cache holds is not fetched again), or read into memory from a disk.
+
+        skip: asked of each before its model is built, and told True it is left out.
 
         Models are built in the caller's thread: transformers changes torch's default data type while it builds one.
         """
@@ -183,6 +188,8 @@ class CheckpointSeries:
                         if later not in waiting:
                             waiting[later] = pool.submit(self.fetch, self.checkpoints[later])
                     waiting[number].result()
+                    if skip is not None and skip(one):
+                        continue
                     yield one, self._open(one, options)
             finally:
                 for future in waiting.values():
@@ -338,8 +345,6 @@ def _of_folder(path: Path, stage: int | None, ingredient: int | None) -> list[Ch
         near = did_you_mean("step-1000", folders) if folders else "none with a config.json"
         raise StoreError(f"no checkpoints in {path}", got=f"folders: {near}", wanted="folders such as step-1000")
     if (path / "train.json").exists():
-        from headwater.dynamics.lab.run import TrainingRun
-
         run = TrainingRun.open(path)
         whole = set(run.steps)
         found = [one for one in found if one.step in whole]

@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from headwater.bench import truth
+from headwater.bench import rates, truth
 from headwater.bench.rates import NULLS, TRUE, _material, _rates, claim_rates
 from headwater.core.errors import MethodError
 
@@ -62,7 +62,7 @@ def test_a_few_investigations_and_their_resumption(tmp_path: Path) -> None:
     found = claim_rates(**options, out=tmp_path)
     assert found.tables["failed"].height == 0
     kept = sorted(tmp_path.glob("*.parquet"))
-    assert len(kept) == 3
+    assert [path.name.rsplit("-", 2)[0] for path in kept] == ["null-0-0000", "null-0-0001", "true-0-induction"]
     kept[1].unlink()
     times = {path: path.stat().st_mtime_ns for path in kept if path.exists()}
     again = claim_rates(**options, out=tmp_path)
@@ -72,6 +72,23 @@ def test_a_few_investigations_and_their_resumption(tmp_path: Path) -> None:
     assert found.rate("random weights", "claims")[0] < 0.2
     with pytest.raises(MethodError, match="no such rate"):
         found.rate("nothing")
+
+
+def test_a_refused_null_is_replaced_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def investigated(model: Any, behavior: Any, seed: int, q: float) -> list[dict[str, Any]]:
+        tried.append(seed)
+        if len(tried) % 2:
+            raise MethodError("nothing differs")
+        return [{"claim": "behavior-accuracy", "stage": "behavior", "status": "refuted"}]
+
+    tried: list[int] = []
+    monkeypatch.setattr(rates, "_investigated", investigated)
+    options: dict[str, Any] = {"nulls": 3, "kinds": ("random weights",), "programs": ()}
+    found = claim_rates(**options, out=tmp_path)
+    assert found.facts == {"q": 0.05, "investigations": 3, "failed": 3} and len(tried) == 6
+    assert set(found.tables["failed"]["why"]) == {"nothing differs."}
+    again = claim_rates(**options, out=tmp_path)
+    assert again.content_hash == found.content_hash and len(tried) == 6
 
 
 def test_unknown_nulls_are_refused() -> None:
@@ -85,6 +102,7 @@ def test_false_claims_stay_below_the_stated_rate_and_true_ones_are_found(tmp_pat
     """Over 210 null investigations the share with any supported claim is not above q beyond chance."""
     found = claim_rates(nulls=210, out=tmp_path)
     rate, low, _high = found.rate("all nulls")
+    assert found.facts["investigations"] >= 210
     assert low <= found.facts["q"], f"{rate:.3f} of null investigations support a claim"
     power, _low, _high = found.rate(TRUE, "claims")
     assert power >= 0.9

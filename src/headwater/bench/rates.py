@@ -10,13 +10,15 @@ chance alone decides, so that every claim of it is false:
 A true investigation is one of a compiled program on its own pairs.
 """
 
+import json
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -36,14 +38,19 @@ if TYPE_CHECKING:
 
 NULLS = ("random weights", "shuffled counterfactuals", "absent behavior")
 TRUE = "true mechanism"
-DEPENDS_ON_GRAPH = ("circuit-beats-edges", "circuit-beats-heads", "circuit-beats-random-weights")
-"""Claims that a true mechanism need not pass: a program that fills its small model leaves no other circuit to beat."""
+DEPENDS_ON_GRAPH = ("circuit-necessary", "circuit-beats-edges", "circuit-beats-heads", "circuit-beats-random-weights")
+"""Claims that compare with random circuits of the same size and layers. A true mechanism need not pass them: where a
+program fills its small model, as many random edges are mostly the same edges, and lose or keep as much.
+"""
+_TRIES = 8
+"""Draws for one null at most: some programs hardly ever give pairs that tell anything."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RatesConfig:
-    """nulls: how many null investigations, of each kind in turn (see `kinds`). programs: the compiled programs of the
-    true ones (None: all that have pairs; (): none). repeats: true investigations a program, each of its own pairs.
+    """nulls: how many null investigations, of each kind in turn (see `kinds`); one that is refused before it files a
+    claim, as nothing differs between its prompts and counterfactuals, is replaced by the next draw. programs: the compiled
+    programs of the true ones (None: all that have pairs; (): none). repeats: true investigations a program, each of its own pairs.
     pairs: of each investigation, half of them to find on. q: the false-discovery rate of every ledger.
     """
 
@@ -69,7 +76,7 @@ class ClaimRates(Result):
 
     `tables["rates"]`: kind, of ("claims": all that were filed; "investigations": those with any claim supported; or a
     claim's id), supported, n, rate, lo, hi (Clopper-Pearson, 95%), bound (what it may be at most; None for power).
-    `tables["failed"]`: investigations that could not be run, with the reason.
+    `tables["failed"]`: draws that were refused before any claim was filed, with the reason; they are in no count.
     """
 
     kind: ClassVar[str] = "claim_rates"
@@ -97,25 +104,25 @@ def claim_rates(config: RatesConfig | None = None, *, out: str | Path | None = N
         folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     failed: list[dict[str, str]] = []
-    jobs = list(_jobs(used))
-    for number, (kind, subject, seed) in enumerate(track(jobs, "investigations")):
-        name = f"{number:04d}"
-        stored = None if folder is None else folder / f"{name}-{used.seed}-{seed}-{used.pairs}.parquet"
-        if stored is not None and stored.exists():
-            rows += pl.read_parquet(stored).to_dicts()
-            continue
-        try:
-            model, behavior = _material(kind, subject, seed, used.pairs)
-            claims = _investigated(model, behavior, seed, used.q)
-        except HeadwaterError as error:
-            failed.append({"investigation": name, "kind": kind, "subject": subject, "why": str(error)})
-            continue
-        found = [{"investigation": name, "kind": kind, "subject": subject, **claim} for claim in claims]
-        if stored is not None:
-            temporary = stored.with_suffix(".part")
-            pl.DataFrame(found, schema=_SCHEMA).write_parquet(temporary)
-            temporary.replace(stored)
-        rows += found
+    draws = {kind: _null_draws(kind, used) for kind in used.kinds}
+    jobs = [used.kinds[number % len(used.kinds)] for number in range(used.nulls)] + [TRUE] * len(_true_draws(used))
+    draws[TRUE] = iter(_true_draws(used))
+    for kind in track(jobs, "investigations"):
+        for name, subject, seed in islice(draws[kind], 1 if kind == TRUE else _TRIES):
+            stored = None if folder is None else folder / f"{name}-{seed}-{used.pairs}"
+            found, why = _read(stored) if stored is not None else (None, "")
+            if found is None and not why:
+                try:
+                    model, behavior = _material(kind, subject, seed, used.pairs)
+                    found = _investigated(model, behavior, seed, used.q)
+                except HeadwaterError as error:
+                    why = str(error)
+                if stored is not None:
+                    _write(stored, found, why)
+            if found is not None:
+                rows += [{"investigation": name, "kind": kind, "subject": subject, **claim} for claim in found]
+                break
+            failed.append({"investigation": name, "kind": kind, "subject": subject, "why": why})
     claims = pl.DataFrame(rows, schema=_SCHEMA)
     tables = {
         "rates": _rates(claims, used.q),
@@ -124,10 +131,28 @@ def claim_rates(config: RatesConfig | None = None, *, out: str | Path | None = N
     }
     return ClaimRates(
         tables=tables,
-        facts={"q": used.q, "investigations": len(jobs), "failed": len(failed)},
+        facts={"q": used.q, "investigations": claims["investigation"].n_unique(), "failed": len(failed)},
         config=asdict(used),
         provenance=Provenance.collect(seed=used.seed, seconds=time.monotonic() - started),
     )
+
+
+def _read(stored: Path) -> tuple[list[dict[str, Any]] | None, str]:
+    """(claims, "") or (None, why it was refused) of an investigation that was run before; (None, "") of another."""
+    if stored.with_suffix(".json").exists():
+        return None, str(json.loads(stored.with_suffix(".json").read_text())["why"])
+    table = stored.with_suffix(".parquet")
+    return (pl.read_parquet(table).to_dicts(), "") if table.exists() else (None, "")
+
+
+def _write(stored: Path, found: list[dict[str, Any]] | None, why: str) -> None:
+    temporary = stored.with_suffix(".part")
+    if found is None:
+        temporary.write_text(json.dumps({"why": why}))
+    else:
+        kept = {name: kind for name, kind in _SCHEMA.items() if name not in ("investigation", "kind", "subject")}
+        pl.DataFrame(found, schema=kept).write_parquet(temporary)
+    temporary.replace(stored.with_suffix(".json" if found is None else ".parquet"))
 
 
 _SCHEMA: dict[str, Any] = {
@@ -141,20 +166,25 @@ _SCHEMA: dict[str, Any] = {
 # --- what is investigated
 
 
-def _jobs(config: RatesConfig) -> Iterable[tuple[str, str, int]]:
-    """(kind, program or "", seed) of every investigation; seeds do not depend on how many there are."""
-    programs = config.programs
-    hosts: list[str] = []
-    if programs is None or (config.nulls and set(config.kinds) != {NULLS[0]}):
-        hosts = [name for name in truth.names() if _has_pairs(name)]
-    programs = hosts if programs is None else programs
-    for number in range(config.nulls):
-        kind = config.kinds[number % len(config.kinds)]
-        seed = 1_000_003 * config.seed + number
-        yield kind, "" if kind == NULLS[0] else hosts[(number // len(config.kinds)) % len(hosts)], seed
-    for repeat in range(config.repeats):
-        for name in programs:
-            yield TRUE, name, 1_000_003 * config.seed + 500_000 + repeat
+def _null_draws(kind: str, config: RatesConfig) -> Iterator[tuple[str, str, int]]:
+    """(name, program or "", seed) of draw after draw of one kind; they do not depend on the other kinds."""
+    own = NULLS.index(kind)
+    hosts = [""] if kind == NULLS[0] else _with_pairs()
+    for number in count():
+        yield f"null-{own}-{number:04d}", hosts[number % len(hosts)], 1_000_003 * config.seed + 100_000 * own + number
+
+
+def _true_draws(config: RatesConfig) -> list[tuple[str, str, int]]:
+    programs = _with_pairs() if config.programs is None else config.programs
+    return [
+        (f"true-{repeat}-{name}", name, 1_000_003 * config.seed + 500_000 + repeat)
+        for repeat in range(config.repeats)
+        for name in programs
+    ]
+
+
+def _with_pairs() -> list[str]:
+    return [name for name in truth.names() if _has_pairs(name)]
 
 
 @lru_cache(maxsize=256)
@@ -245,7 +275,7 @@ def _investigated(model: "Model", behavior: Behavior, seed: int, q: float) -> li
         investigation = Investigation(
             behavior=str(table), model=model.name, out=folder / "run", seed=seed,
             stages=("behavior", "localize", "circuit", "heads", "claims"),
-            localize={"n_patch": 2, "patch_sites": ("resid_post.*",), "n_attribution": half},
+            localize={"n_patch": 3, "patch_sites": ("resid_post.*",), "n_attribution": half},
             circuit={"n_choose": half, "n_test": 8, "fractions": (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)},
             heads={"sequences": 4, "length": 6, "n_train": half, "n_test": 8},
             claims={"q": q, "n_test": half, "n_null": half, "n_heads_test": half, "n_random_models": half},

@@ -71,8 +71,11 @@ configs: Registry[SiitConfig] = Registry("siit_config", error=MethodError)
 
 _SHIPPED: dict[str, dict[str, Any]] = {
     # name: what differs from the defaults
-    "ioi": {"graph": "ioi", "length": 14, "n_layers": 4, "batch": 128, "steps": 3000},
-    "ioi_llama": {"graph": "ioi", "length": 14, "n_layers": 4, "family": "llama", "batch": 128, "steps": 3000},
+    "ioi": {"graph": "ioi", "length": 14, "n_layers": 4, "batch": 128, "steps": 3000, "enough": 0.999, "patience": 3},
+    "ioi_llama": {
+        "graph": "ioi", "length": 14, "n_layers": 4, "family": "llama", "batch": 128, "steps": 3000, "enough": 0.999,
+        "patience": 3,
+    },
     "previous": {"graph": "previous"},
     "shift_by_2": {"graph": "shift_by_2"},
     "repeats": {"graph": "repeats"},

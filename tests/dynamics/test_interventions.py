@@ -236,6 +236,26 @@ def test_frozen_values_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     assert whole.curve["loss"][8] == pytest.approx(float(loss), rel=1e-5)
 
 
+def test_validation_is_of_the_model_as_it_is_or_held(tmp_path: Path) -> None:
+    source = {"source": "induction", "options": {"vocabulary": 12, "length": 12, "seed": 5}, "sequences": 8}
+    config = small(
+        interventions=lines('zero("mlp_out.*")', 'freeze("pattern.0")', steps=(4, 9)), validate_every=2,
+        validation=[{**source, "name": "bare"}, {**source, "name": "held", "held": True}], checkpoints={"every": 2},
+    )  # fmt: skip
+    run = train(config, tmp_path / "run")
+    table = run.result.tables["validation"]
+    losses = {
+        name: dict(table.filter(table["name"] == name).select("step", "loss").iter_rows()) for name in ("bare", "held")
+    }
+    assert losses["bare"][2] == losses["held"][2] and losses["bare"][10] == losses["held"][10]
+    ids = torch.from_numpy(run.data.validation["held"][0])
+    first = run.load(4).run(ids[:, :-1], capture="pattern.0")
+    on = [hw.zero("mlp_out.*"), hw.freeze("pattern.0", first)]
+    logits = run.load(6).run(ids[:, :-1], interventions=on).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert losses["held"][6] == pytest.approx(float(loss), rel=1e-5) != losses["bare"][6]
+
+
 def test_a_penalty_moves_attention(tmp_path: Path) -> None:
     def attention(weight: float) -> float:
         text = f'penalize("pattern.0.h1", "previous_token", weight={weight})'

@@ -11,23 +11,29 @@ from typing import Any
 
 import pytest
 
-from headwater.dynamics import TrainingRun, train
+from headwater.dynamics import Timeline, TrainingRun, track, train
 from lab_runs import same_files, small
 
 # A process of its own that trains in forked children and kills them: torch is loaded once, not once a kill.
 DRIVER = """
 import json, os, random, signal, sys, time
-from headwater.dynamics import TrainConfig, TrainingRun, train
+from headwater.dynamics import TrainConfig, track, train
 import transformers.models.gpt2.modeling_gpt2
 
 settings, out, kills, seed = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-config, chance = TrainConfig.from_dict(settings), random.Random(seed)
+chance = random.Random(seed)
+
+def work():
+    if "track" in settings:
+        track(settings["track"], out=out, **settings["options"])
+    else:
+        train(TrainConfig.from_dict(settings), out)
 
 def child():
     pid = os.fork()
     if pid == 0:
         try:
-            train(config, out)
+            work()
         except BaseException as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\\n")
             os._exit(1)
@@ -48,9 +54,9 @@ print(json.dumps({"kills": done, "status": status}))
 """
 
 
-def killed(config: Any, out: Path, kills: int, seed: int) -> dict[str, int]:
+def killed(settings: dict[str, Any], out: Path, kills: int, seed: int) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", DRIVER, json.dumps(config.to_dict()), str(out), str(kills), str(seed)],
+        [sys.executable, "-W", "ignore", "-c", DRIVER, json.dumps(settings), str(out), str(kills), str(seed)],
         capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -66,7 +72,7 @@ def kill_config(steps: int) -> Any:
 
 
 def compare(config: Any, tmp_path: Path, kills: int, seed: int) -> int:
-    told = killed(config, tmp_path / "killed", kills, seed)
+    told = killed(config.to_dict(), tmp_path / "killed", kills, seed)
     assert told["status"] == 0
     whole = train(config, tmp_path / "whole")
     cut = TrainingRun.open(tmp_path / "killed")
@@ -84,6 +90,16 @@ def test_a_killed_run_gives_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_twenty_kills_give_the_same_bits(tmp_path: Path) -> None:
     assert compare(kill_config(300), tmp_path, kills=20, seed=1) == 20
+
+
+@pytest.mark.slow
+def test_tracking_killed_twenty_times_gives_the_same_timeline(tmp_path: Path) -> None:
+    run = train(small(steps=200, checkpoints={"every": 5}), tmp_path / "run")
+    options = {"measures": ["loss", "cka", "lens_depth"], "draws": 50}
+    told = killed({"track": str(run.path), "options": options}, tmp_path / "t", kills=20, seed=2)
+    assert told["status"] == 0 and told["kills"] >= 10
+    whole = track(run, measures=("loss", "cka", "lens_depth"), draws=50)
+    assert Timeline.load(tmp_path / "t" / "timeline", check=True).content_hash == whole.content_hash
 
 
 @pytest.mark.slow

@@ -32,12 +32,22 @@ measures: Registry[Measure] = Registry("measure")
 """Outside packages add theirs by the entry point group `headwater.measures`."""
 acrosses: dict[str, Across] = {}
 """Name of a measure -> what compares the tensors that it kept, {step: tensors} -> {step: rows}."""
+_LOGITS_AT_ONCE = 1 << 26  # 256 MB
 _LENS_TOKENS = 16  # sequences for measures that run once a layer
 
 
 def row(name: str, value: float, lo: float | None = None, hi: float | None = None) -> Row:
     """One number of a measure; `name` says which of several."""
     return {"name": name, "value": float(value), "lo": lo, "hi": hi}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Forward:
+    """losses, guesses [n, T - 1]: of predicting each token after the first; streams: layer -> [n, T, D] after it."""
+
+    losses: Tensor
+    guesses: Tensor
+    streams: dict[int, Tensor]
 
 
 @dataclass(eq=False)
@@ -73,16 +83,26 @@ class Probe:
         return self.ids
 
     @functools.cached_property
-    def forward(self) -> tuple[Tensor, dict[int, Tensor]]:
-        """(logits [n, T, V], layer -> stream after it [n, T, D]) on the sequences, run once for all measures."""
-        run = self.model.run(self.sequences, capture="resid_post.*")
-        streams = {layer: run[f"resid_post.{layer}"].float().cpu() for layer in range(self.model.n_layers)}
-        return run.logits.float().cpu(), streams
+    def forward(self) -> "Forward":
+        """The model on the sequences, run once for all measures, a few sequences at a time: logits are large."""
+        ids, layers = self.sequences, range(self.model.n_layers)
+        at_once = max(1, _LOGITS_AT_ONCE // (ids.shape[1] * max(1, self.model.d_vocab)))
+        losses: list[Tensor] = []
+        guesses: list[Tensor] = []
+        streams: list[list[Tensor]] = [[] for _ in layers]
+        for part in ids.split(at_once):
+            run = self.model.run(part, capture="resid_post.*")
+            losses.append(_losses(run.logits.float(), part.to(run.logits.device)).cpu())
+            guesses.append(run.logits[:, :-1].argmax(dim=-1).cpu())
+            for layer in layers:
+                streams[layer].append(run[f"resid_post.{layer}"].float().cpu())
+        kept = {layer: torch.cat(streams[layer]) for layer in layers}
+        return Forward(losses=torch.cat(losses), guesses=torch.cat(guesses), streams=kept)
 
-    @functools.cached_property
+    @property
     def losses(self) -> Tensor:
         """[n, T - 1] nats: the loss of predicting each token after the first."""
-        return _losses(self.forward[0], self.sequences.cpu())
+        return self.forward.losses
 
     @property
     def predicted(self) -> Tensor:
@@ -107,7 +127,7 @@ def _over(name: str, values: Tensor, *, share: bool = False) -> Row:
 def loss(probe: Probe) -> list[Row]:
     """Mean loss on the sequences, nats a token, and the share of tokens predicted right."""
     at = probe.predicted
-    right = (probe.forward[0][:, :-1].argmax(dim=-1) == probe.sequences.cpu()[:, 1:]).float()
+    right = (probe.forward.guesses == probe.sequences.cpu()[:, 1:]).float()
     return [_over("", probe.losses[:, at].mean(dim=1)), _over("accuracy", right[:, at].mean(dim=1))]
 
 
@@ -187,7 +207,7 @@ def collapse(probe: Probe) -> list[Row]:
     """Representation collapse (Gopalani and Hu, 2025): mean cosine between the streams of two predicting tokens of a
     sequence, after each layer. 1: all positions look alike."""
     rows: list[Row] = []
-    for layer, stream in probe.forward[1].items():
+    for layer, stream in probe.forward.streams.items():
         unit = torch.nn.functional.normalize(stream[:, :-1][:, probe.predicted], dim=-1)
         n = unit.shape[1]
         if n < 2:
@@ -202,7 +222,7 @@ def repetition(probe: Probe) -> list[Row]:
     """Repetition bias (Gopalani and Hu, 2025): how often the model's best guess is its guess of one token before; and
     how often (`truth`) the right token is the one before."""
     at = probe.predicted
-    guess, right = probe.forward[0][:, :-1].argmax(dim=-1)[:, at], probe.sequences.cpu()[:, 1:][:, at]
+    guess, right = probe.forward.guesses[:, at], probe.sequences.cpu()[:, 1:][:, at]
     if guess.shape[1] < 2:
         raise MethodError("repetition compares guesses, and one token a sequence is predicted", fix="Leave it out")
     return [
@@ -218,8 +238,7 @@ def lens_depth(probe: Probe) -> list[Row]:
     Read by putting the stream of a layer in place of the last one's, so it holds for any architecture.
     """
     ids, at = probe.sequences[:_LENS_TOKENS], probe.predicted
-    logits, streams = probe.forward
-    final = logits[: len(ids), :-1].argmax(dim=-1)[:, at]
+    final, streams = probe.forward.guesses[: len(ids), at], probe.forward.streams
     depth, last = torch.full(final.shape, probe.model.n_layers), probe.model.n_layers - 1
     stays = torch.ones_like(final, dtype=torch.bool)
     for layer in range(last, -1, -1):
@@ -234,7 +253,7 @@ def lens_depth(probe: Probe) -> list[Row]:
 @measures.register("cka")
 def cka(probe: Probe) -> list[Row]:
     """Linear CKA (Kornblith et al., 2019) of each layer's stream with that of the step before, and of the last step."""
-    for layer, stream in probe.forward[1].items():
+    for layer, stream in probe.forward.streams.items():
         flat = stream[:, :-1][:, probe.predicted].flatten(0, 1)
         places = torch.linspace(0, len(flat) - 1, min(len(flat), 512)).long()
         probe.keep(f"cka.{layer}", flat[places])

@@ -80,11 +80,15 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Sequences that are measured and never trained on (see to that: the lab cannot know). Their loss and accuracy."""
+    """Sequences that are measured and never trained on (see to that: the lab cannot know). Their loss and accuracy.
+
+    held: measured with the interventions that hold at that step, else the model as it is.
+    """
 
     source: str
     name: str = "validation"
     sequences: int = 256
+    held: bool = False
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

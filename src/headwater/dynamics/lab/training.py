@@ -225,11 +225,14 @@ class Training:
     def _keep(self) -> None:
         """Measure on validation data and write the checkpoint, where this step is one for it."""
         config = self.config
+        if self.step in self.kept and self.group.first:
+            self._checkpoint()
         due = self.step % config.validate_every == 0 or self.step == config.steps
         if config.validation and due and not (self.validation and self.validation[-1][0] == self.step):
             self._validate()
-        if self.step not in self.kept or not self.group.first:
-            return
+
+    def _checkpoint(self) -> None:
+        config = self.config
         folder = self.path / f"step-{self.step}"
         seen = self.step * config.batch
         facts = {"step": self.step, "sequences": seen, "tokens": seen * self.data.sequence_length}
@@ -241,6 +244,7 @@ class Training:
     def _validate(self) -> None:
         self._settle()
         self.hf.eval()
+        held = {one.name for one in self.config.validation if one.held and self.interventions is not None}
         for name, (rows, at) in self.data.validation.items():
             ids = torch.from_numpy(rows).to(self.device)
             mask = torch.from_numpy(at[1:]).to(self.device)
@@ -248,7 +252,9 @@ class Training:
             right, n = 0, len(ids) * int(mask.sum())
             with torch.no_grad():
                 for part in ids.split(_VALIDATED_AT_ONCE):
-                    logits = self._logits(part[:, :-1])[:, mask].to(getattr(torch, self._loss_type))
+                    on = self._interventions(self.step, part[:, :-1])[0] if name in held else []
+                    with self.interventions.session(on, []).installed() if on else contextlib.nullcontext():  # type: ignore[union-attr]
+                        logits = self._logits(part[:, :-1])[:, mask].to(getattr(torch, self._loss_type))
                     targets = part[:, 1:][:, mask]
                     summed = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
                     loss += summed.double().cpu()

@@ -49,9 +49,10 @@ _TRIES = 8
 @dataclass(frozen=True, kw_only=True)
 class RatesConfig:
     """nulls: how many null investigations, of each kind in turn (see `kinds`); one that is refused before it files a
-    claim, as nothing differs between its prompts and counterfactuals, is replaced by the next draw. programs: the compiled
-    programs of the true ones (None: all that have pairs; (): none). repeats: true investigations a program, each of its own pairs.
-    pairs: of each investigation, half of them to find on. q: the false-discovery rate of every ledger.
+    claim, as nothing differs between its prompts and counterfactuals, is replaced by the next draw.
+    programs: the compiled programs of the true ones (None: all that have pairs; (): none). repeats: true investigations
+    a program, each of its own pairs. pairs: of each investigation, half of them to find on. q: the false-discovery rate
+    of every ledger.
     """
 
     nulls: int = 210

@@ -9,13 +9,14 @@ INSTALL := $(BIN)/python -m pip $(PIP_OPTIONS)
 TEST_ENV := OMP_NUM_THREADS=1
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-all lint bench docs clean
+.PHONY: help setup demo test test-all test-peers lint bench docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      trace indirect-object identification in SmolLM2-135M into runs/demo, print where the report is"
 	@echo "make test      run the tests (without the long proofs)"
 	@echo "make test-all  run all of them"
+	@echo "make test-peers compare results with transformer-lens and, where it is installed, auto-circuit"
 	@echo "make lint      ruff and pyright"
 	@echo "make bench     speed and memory beside other libraries (docs/benchmarks.md)"
 	@echo "make docs      build the documentation into site/"
@@ -59,6 +60,10 @@ test: setup
 
 test-all: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-peers: $(VENV)-bench/.installed
+	@$(VENV)-bench/bin/python -m pip $(PIP_OPTIONS) -e '.[dev]'
+	$(TEST_ENV) $(VENV)-bench/bin/python -m pytest tests/localize/test_peers.py -rs
 
 lint: setup
 	$(BIN)/ruff check .

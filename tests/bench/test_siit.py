@@ -612,19 +612,18 @@ def test_what_an_interpbench_model_has_and_this_reader_has_not_is_named(tmp_path
 
 @pytest.fixture(scope="session")
 def ioi_trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[siit.Siit, Path]:
-    """Some minutes on a quiet core: the whole recipe on IOI, within half of its steps."""
+    """Some minutes on a quiet core: the shipped recipe of IOI."""
     folder = tmp_path_factory.mktemp("siit") / "ioi"
-    return siit.train("ioi", out=folder, steps=1500), folder
+    return siit.train("ioi", out=folder), folder
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ioi_is_trained(ioi_trained: tuple[siit.Siit, Path]) -> None:
-    """Within these steps the inhibition head still carries some of the name beside its position."""
     made, folder = ioi_trained
     facts = made.report.facts
-    assert facts["accuracy"] >= 0.99 and facts["iia"] >= 0.8 and facts["outside"] <= 0.01, facts
-    assert load_result(folder / "report").facts["passed"] == facts["passed"]
+    assert facts["passed"] and facts["iia"] >= 0.99 and facts["outside"] <= 0.01, facts
+    assert load_result(folder / "report").facts["passed"]
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 1_000_000
 
 
@@ -635,8 +634,11 @@ def test_the_circuit_of_ioi_is_recovered(ioi_trained: tuple[siit.Siit, Path]) ->
     pairs = made.behavior(64)
     options: dict[str, dict[str, Any]] = {"eap_ig": {}, "acdc": {}, "patch": {"sites": ["head", "mlp_out"]}}
     for method, given in options.items():
-        found = siit.recovery(hw.localize.methods.get(method)(made.model, pairs, **given), made.mechanism).facts
-        assert found["node_auroc"] == 1.0 and found["node_precision"] == 1.0, (method, found)
+        found = siit.recovery(hw.localize.methods.get(method)(made.model, pairs, **given), made.mechanism)
+        assert found.facts["node_auroc"] == 1.0 and found.facts["node_precision"] == 1.0, (method, found)
         if method != "patch":
-            assert found["n_true_edges"] == 5 and found["edge_precision"] >= 0.8, (method, found)
-            assert found["edge_auroc"] >= 0.98, (method, found)
+            edges = found.tables["edges"].sort(pl.col("score").abs(), descending=True)
+            assert edges["true"].head(4).all(), (method, edges)
+            # the fifth brings the mover the names, and those are the same in both prompts of a pair
+            (unseen,) = edges.slice(4).filter("true").select("source", "target").rows()
+            assert unseen[0] == "input"

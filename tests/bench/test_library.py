@@ -1,5 +1,6 @@
 """Every program of the library, compiled, says what the interpreter says on every short input."""
 
+import itertools
 import json
 import random
 from fractions import Fraction
@@ -20,9 +21,25 @@ NAMES = {
 }  # fmt: skip
 
 
+def short_inputs(name: str) -> set[tuple[Any, ...]]:
+    """All of them, from the definition: nothing is drawn, and nothing left out but what has no meaning."""
+    program = programs.get(name)
+    lengths = range(1, program.longest + 1)
+    found = {one for length in lengths for one in itertools.product(program.vocabulary, repeat=length)}
+    return {one for one in found if program.valid is None or program.valid(one)}
+
+
 def test_there_are_enough_programs() -> None:
     assert len(truth.names()) >= 20
     assert all(programs.get(name).about.endswith(".") for name in truth.names())
+    assert all(programs.get(name).longest >= 4 for name in truth.names())
+
+
+def test_the_page_says_on_how_many_inputs() -> None:
+    """docs/truth.md names the number of inputs that the next test compares."""
+    page = (Path(__file__).parents[2] / "docs" / "truth.md").read_text()
+    assert f"{sum(len(short_inputs(name)) for name in truth.names()):,} short inputs" in page
+    assert f"{len(truth.names())} programs" in page
 
 
 @pytest.mark.parametrize("name", truth.names())
@@ -30,6 +47,7 @@ def test_the_model_says_what_the_interpreter_says(name: str) -> None:
     program = programs.get(name)
     compiled = truth.compile(name)
     inputs = truth.exhaustive(program)
+    assert set(inputs) == short_inputs(name) and len(set(inputs)) == len(inputs)
     draw = random.Random(name)
     longer = [[draw.choice(program.vocabulary) for _ in range(length)] for length in (5, 6, 7) for _ in range(40)]
     inputs += [tuple(one) for one in longer if program.valid is None or program.valid(tuple(one))]

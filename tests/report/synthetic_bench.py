@@ -24,7 +24,14 @@ def recovery() -> dict[str, Any]:
 
 def superposition() -> dict[str, Any]:
     cells = [
-        {"instance": 3 * i + j, "density": 0.1 * (i + 1), "importance": 0.5 * (j + 1), "loss": 0.1, "phase": phase}
+        {
+            "instance": 3 * i + j,
+            "density": 0.1 * (i + 1),
+            "importance": 0.5 * (j + 1),
+            "loss": 0.1,
+            "phase": phase,
+            "predicted": "dedicated",
+        }
         for i in range(3)
         for j, phase in enumerate(["not represented", "superposition", "dedicated"])
     ]

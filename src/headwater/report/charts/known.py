@@ -4,11 +4,16 @@ from typing import Any
 
 import altair as alt
 
-from headwater.report.charts.parts import Row, data, heat, intervals, nothing, rows, themed
+from headwater.report.charts.parts import Row, data, intervals, nothing, rows, themed
 from headwater.report.theme import color
 from headwater.report.words import number
 
-_PHASES = {"not represented": 0.0, "superposition": 0.5, "dedicated": 1.0}
+_PHASES = {
+    "not represented": "band",
+    "superposition": "neg",
+    "dedicated": "pos",
+    "not known": "grid",
+}  # phase: its colour
 
 
 def siit_report(result: Any) -> Any:
@@ -63,7 +68,7 @@ def recovery(result: Any) -> Any:
 
 def superposition(result: Any) -> Any:
     """The phase diagram where importances differ; else the dimensions of every feature over sparsity."""
-    found = rows(result.tables.get("instances"), "density", "importance", "phase", "loss")
+    found = rows(result.tables.get("instances"), "density", "importance", "phase", "predicted")
     instances = [row for row in found if row["density"] is not None and row["importance"] is not None]
     if len({row["importance"] for row in instances}) > 1:
         return themed(_phases(instances))
@@ -95,20 +100,36 @@ def superposition(result: Any) -> Any:
 
 
 def _phases(instances: list[Row]) -> Any:
+    """One cell an instance; a dot where the derivation says another phase."""
     cells = [
         {
             "x": number(row["importance"]),
             "y": number(row["density"]),
-            "value": 2 * _PHASES.get(str(row["phase"]), 0.0) - 1,
-            "tip": f"density {number(row['density'])}, importance {number(row['importance'])}: {row['phase']}",
+            "phase": row["phase"] if row["phase"] in _PHASES else "not known",
+            "odd": row["predicted"] is not None and row["phase"] != row["predicted"],
+            "tip": f"density {number(row['density'])}, importance {number(row['importance'])}: {row['phase']}"
+            + (f" ({row['predicted']} predicted)" if row["predicted"] is not None else ""),
         }
         for row in sorted(instances, key=lambda row: (row["density"], row["importance"]))
     ]
-    title = "the last feature: left out (-1), shared direction (0), own direction (1)"
-    return heat(
-        cells, x="relative importance of the last feature", y="density", title=title, legend="phase", extreme=1.0,
-        step=(44, 20),
-    )  # fmt: skip
+    columns, lines = (list(dict.fromkeys(cell[axis] for cell in cells)) for axis in ("x", "y"))
+    hues = {name: color(hue) for name, hue in _PHASES.items() if any(cell["phase"] == name for cell in cells)}
+    shade = alt.Color(
+        "phase:N",
+        scale=alt.Scale(domain=list(hues), range=list(hues.values())),
+        legend=alt.Legend(title="the last feature", orient="top", symbolType="square", symbolStrokeWidth=0),
+    )
+    x = alt.X("x:N", sort=columns, title="relative importance of the last feature", axis=alt.Axis(labelAngle=0))
+    y = alt.Y("y:N", sort=lines[::-1], title="density", axis=alt.Axis(labelOverlap=True))
+    base = alt.Chart().encode(x=x, y=y, description="tip:N", tooltip="tip:N")
+    layers = [base.mark_rect(stroke=color("paper"), strokeWidth=0.6).encode(color=shade)]
+    odd = [cell for cell in cells if cell["odd"]]
+    title = "a dot: another phase is predicted" if odd else ""
+    if odd:
+        layers.append(
+            base.mark_point(filled=True, size=34, opacity=1, color=color("ink")).transform_filter("datum.odd")
+        )
+    return alt.layer(*layers, data=data(cells)).properties(title=title, width=alt.Step(44), height=alt.Step(20))
 
 
 def algebra(result: Any) -> Any:

@@ -21,13 +21,12 @@ def crossings(run: TrainingRun) -> dict[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_forced_previous_token_head_brings_induction_forward(tmp_path: Path, seed: int) -> None:
+def test_a_forced_previous_token_head_brings_induction_forward(tmp_path: Path) -> None:
     force = {"do": 'force("pattern.0.h0", "previous_token")'}
     held: dict[str, Any] = {"interventions": [force], "validation.0.held": True}
     plain, forced = (
-        crossings(train(TrainConfig.from_yaml(EXAMPLE, seed=seed, threads=1, **more), tmp_path / name))
+        crossings(train(TrainConfig.from_yaml(EXAMPLE, threads=1, **more), tmp_path / name))
         for name, more in (("plain", {}), ("forced", held))
     )
     assert plain[0.9] - plain[0.2] <= 200  # it comes at once
-    assert plain[0.5] - forced[0.5] >= 60
+    assert plain[0.5] - forced[0.5] >= 60  # measured: 455 and 192

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "headwater"
-STAGES = {"behavior", "localize", "act", "dynamics"}
+STAGES = {"behavior", "localize", "act", "dynamics", "data"}
 BELOW = {"core": set[str](), "claims": {"core"}}
 BELOW |= {stage: {"core", "claims", "behavior"} for stage in STAGES}
 BELOW["report"] = {"core", "claims", *STAGES}
@@ -17,7 +17,8 @@ BELOW["trace"] = {*BELOW["report"], "report"}
 BELOW["bench"] = {*BELOW["trace"], "trace"}
 BELOW["cli"] = {*BELOW["bench"], "bench"}
 # Result.chart() finds its drawing by name: the only arrow that points upwards.
-BY_NAME = {("core/results.py", "report")}
+# A corpus that is a run of the lab is rebuilt by the lab, found by name too.
+BY_NAME = {("core/results.py", "report"), ("data/corpus.py", "dynamics")}
 HEAVY = ["torch", "transformers", "polars", "altair", "scipy", "numpy", "pandas", "jinja2", "vl_convert"]
 
 MODULES = sorted(SRC.rglob("*.py"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Where each name lives. `hw.behavior` is a room and also a verb: `hw.behavior("ioi")` makes a behavior.
-_ROOMS = ("core", "behavior", "localize", "claims", "act", "dynamics", "trace", "report", "bench")
+_ROOMS = ("core", "behavior", "localize", "claims", "act", "dynamics", "data", "trace", "report", "bench")
 _INTERVENTIONS = (
     "Intervention",
     "zero",
@@ -58,6 +58,7 @@ __all__ = [
     "claims",
     "clamp",
     "core",
+    "data",
     "dynamics",
     "freeze",
     "load",
@@ -90,7 +91,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from headwater import act, bench, claims, core, dynamics, localize, report, trace
+    from headwater import act, bench, claims, core, data, dynamics, localize, report, trace
     from headwater.behavior import Room
     from headwater.behavior.table import Behavior
     from headwater.claims.claim import Claim

@@ -38,6 +38,7 @@ _ROOMS = (
     "headwater.claims",
     "headwater.act",
     "headwater.dynamics",
+    "headwater.data",
     "headwater.bench",
 )
 _results: Registry["type[Result]"] = Registry("result", error=StoreError)

@@ -14,6 +14,14 @@ _PHASES = {
     "dedicated": "pos",
     "not known": "grid",
 }  # phase: its colour
+_POLYTOPES = {
+    1.0: "1 alone",
+    3 / 4: "3/4 tetrahedron",
+    2 / 3: "2/3 triangle",
+    1 / 2: "1/2 pair",
+    2 / 5: "2/5 pentagon",
+    3 / 8: "3/8 antiprism",
+}  # dimensions of a feature: what it is a corner of
 
 
 def siit_report(result: Any) -> Any:
@@ -84,19 +92,36 @@ def superposition(result: Any) -> Any:
     ]
     if not shown:
         return themed(nothing())
+    sparse = alt.X(
+        "x:Q",
+        scale=alt.Scale(type="log", nice=False, padding=12),
+        title="1 / density (sparser to the right)",
+        axis=alt.Axis(grid=False, values=sorted({row["x"] for row in shown}), format=".3~g", labelOverlap=True),
+    )
     dots = (
         alt.Chart(data(shown))
-        .mark_circle(size=22, opacity=0.45, color=color("pos"))
+        .mark_circle(size=26, opacity=0.45, color=color("pos"))
         .encode(
-            x=alt.X("x:Q", scale=alt.Scale(type="log"), title="1 / density (sparser to the right)"),
-            y=alt.Y("y:Q", scale=alt.Scale(domain=[0, 1.05]), title="dimensions of a feature"),
+            x=sparse,
+            y=alt.Y(
+                "y:Q",
+                scale=alt.Scale(domain=[0, 1.05], nice=False),
+                title="dimensions of a feature",
+                axis=alt.Axis(grid=False, tickCount=6),
+            ),
             description="tip:N",
             tooltip="tip:N",
         )
     )
-    lines = [{"at": value} for value in (1.0, 3 / 4, 2 / 3, 1 / 2, 2 / 5, 3 / 8)]
-    rules = alt.Chart(data(lines)).mark_rule(color=color("null"), strokeDash=[3, 3], strokeWidth=0.6).encode(y="at:Q")
-    return themed(alt.layer(rules, dots).properties(width=460, height=300))
+    # the names of the two lowest stand a little apart, as their lines are closer than a line of text
+    lines = [{"at": at, "name": name, "beside": at + {2 / 5: 0.008, 3 / 8: -0.014}.get(at, 0.0)}
+             for at, name in _POLYTOPES.items()]  # fmt: skip
+    at = alt.Chart(data(lines))
+    rules = at.mark_rule(color=color("null"), strokeDash=[3, 3], strokeWidth=0.8).encode(y="at:Q")
+    names = at.mark_text(align="left", dx=6, color=color("soft"), fontSize=10).encode(
+        text="name:N", x=alt.value(460), y="beside:Q"
+    )
+    return themed(alt.layer(rules, dots, names).properties(width=460, height=300))
 
 
 def _phases(instances: list[Row]) -> Any:

@@ -314,7 +314,16 @@ def test_pairs_are_split_with_their_mirrors() -> None:
 
 
 def test_training_lowers_the_loss_and_is_the_same_from_its_seed() -> None:
-    options: dict[str, Any] = {"steps": 60, "every": 20, "d_model": 24, "n_heads": 2, "head_dim": 8, "d_mlp": 32}
+    options: dict[str, Any] = {
+        "share": 0.6,
+        "weight_decay": 1.0,
+        "steps": 60,
+        "every": 20,
+        "d_model": 24,
+        "n_heads": 2,
+        "head_dim": 8,
+        "d_mlp": 32,
+    }
     one, same = (toys.group_composition("S3", **options) for _ in range(2))
     other = toys.group_composition("S3", **options, seed=1)
     curve = one.answer.tables["curve"]

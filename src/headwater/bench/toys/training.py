@@ -30,16 +30,19 @@ class AlgebraConfig:
     pair and its mirror are on one side, as one gives the other away where the group commutes). d_model, n_heads,
     head_dim, d_mlp: one layer without norms. lr, weight_decay: AdamW's, full batch. steps: at most; `after` more once
     all test pairs are right, in which what is not needed decays. every: steps between points of the curve.
+
+    Small groups need much of their table: with a share of 0.6 and a decay of 1, C43 was memorized, and 1% of the rest known
+    after 4400 steps; with the defaults all of it is known after a few hundred.
     """
 
     group: str = "C43"
-    share: float = 0.6
+    share: float = 0.85
     d_model: int = 64
     n_heads: int = 4
     head_dim: int = 16
     d_mlp: int = 256
     lr: float = 3e-3
-    weight_decay: float = 1.0
+    weight_decay: float = 2.0
     steps: int = 6000
     after: int = 500
     every: int = 50

@@ -31,8 +31,8 @@ class AlgebraConfig:
     head_dim, d_mlp: one layer without norms. lr, weight_decay: AdamW's, full batch. steps: at most; `after` more once
     all test pairs are right, in which what is not needed decays. every: steps between points of the curve.
 
-    Small groups need much of their table: with a share of 0.6 and a decay of 1, C43 was memorized, and 1% of the rest known
-    after 4400 steps; with the defaults all of it is known after a few hundred.
+    Small groups need much of their table: with a share of 0.6 and a decay of 1, C43 was memorized, and 1% of the rest
+    known after 4400 steps; with the defaults all of it is known after a few hundred.
     """
 
     group: str = "C43"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("import_time", "fixed_cost", "reach", "localize.circuits", "localize.growth", "localize.real")
+NAMES = ("import_time", "fixed_cost", "reach", "localize.circuits", "localize.growth", "localize.real", "data.counts")
 
 
 def main() -> int:

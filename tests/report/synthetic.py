@@ -16,6 +16,7 @@ from headwater.core.results import Provenance, Result
 from headwater.report.gather import Found, Gathered
 
 from .synthetic_bench import TABLES
+from .synthetic_data import TABLES as DATA
 from .synthetic_dynamics import TABLES as DYNAMICS
 
 HOSTILE = '<script>alert("x")</script>'
@@ -598,7 +599,7 @@ MAKERS = {
     "attention_tracing": ("localize", attention_tracing),
     **{
         kind: (stage, lambda kind=kind, make=make: result(kind, make()))
-        for kind, (stage, make) in {**TABLES, **DYNAMICS}.items()
+        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA}.items()
     },
 }
 

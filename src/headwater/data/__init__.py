@@ -1,13 +1,24 @@
-"""data, stage 4: which training data formed a mechanism. `Corpus` is what a model saw, in the order of its training."""
+"""data, stage 4: which training data formed a mechanism.
+
+`Corpus` is what a model saw, in the order of its training; `count` says how often terms, and pairs of terms,
+stood in it; `linear_relation` measures how well one affine map stands for what a model does to decode a relation.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 _PLACES = {
     "Corpus": "headwater.data.corpus",
+    "Counts": "headwater.data.counts",
+    "count": "headwater.data.counts",
+    "read_pairs": "headwater.data.pairs",
+    "Relation": "headwater.data.relations",
+    "Lre": "headwater.data.lre",
+    "LreResult": "headwater.data.lre",
+    "linear_relation": "headwater.data.lre",
 }
 
-__all__ = ["Corpus"]
+__all__ = ["Corpus", "Counts", "Lre", "LreResult", "Relation", "count", "linear_relation", "read_pairs"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,3 +35,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from headwater.data.corpus import Corpus
+    from headwater.data.counts import Counts, count
+    from headwater.data.lre import Lre, LreResult, linear_relation
+    from headwater.data.pairs import read_pairs
+    from headwater.data.relations import Relation

@@ -25,9 +25,10 @@ class Megatron(TokenCorpus):
     """An indexed dataset in training order.
 
     prefix: of the files, or one of them. order: the prefix of the three arrays (`..._doc_idx.npy`,
-    `..._sample_idx.npy`, `..._shuffle_idx.npy`), or `{name: file}`. Without them, either every document is a sample and they come in order
-    (preshuffled), or `sequence_length` (tokens a sample predicts; it has one more), `seed` and `samples` (how many the
-    run asked for) rebuild the three as GPT-NeoX does. documents: (first, last) of the split; all where not given.
+    `..._sample_idx.npy`, `..._shuffle_idx.npy`), or `{name: file}`. Without them, either every document is a sample and
+    they come in order (preshuffled), or `sequence_length` (tokens a sample predicts; it has one more), `seed` and
+    `samples` (how many the run asked for) rebuild the three as GPT-NeoX does. documents: (first, last) of the split;
+    all where not given.
 
     Known failure: a rebuilt order is that of GPT-NeoX's packed samples from one dataset; blends of several, and samples
     packed without chopping, need their own arrays.

@@ -7,6 +7,7 @@ from headwater.report.charts.benches import learned_program, minimality, mips, p
 from headwater.report.charts.circuits import circuit, faithfulness, null
 from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.comparisons import comparison, head_groups, reuse
+from headwater.report.charts.data import counts, lre
 from headwater.report.charts.dynamics import series_audit, timeline, training
 from headwater.report.charts.known import algebra, recovery, siit_report, superposition
 from headwater.report.charts.patches import patching
@@ -64,6 +65,8 @@ KINDS = (
     "training",
     "timeline",
     "series_audit",
+    "counts",
+    "lre",
 )
 
 
@@ -93,6 +96,7 @@ __all__ = [
     "claim_rates",
     "comparison",
     "compression",
+    "counts",
     "discovery",
     "effect",
     "faithfulness",
@@ -105,6 +109,7 @@ __all__ = [
     "interference",
     "learned_program",
     "ledger",
+    "lre",
     "margins",
     "mechanism",
     "mib_track",

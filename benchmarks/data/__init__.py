@@ -1,0 +1,1 @@
+"""What counting in a corpus costs."""

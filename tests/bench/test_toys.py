@@ -10,8 +10,7 @@ import torch
 
 import headwater as hw
 from headwater.bench import toys
-from headwater.bench.toys.algebra import Algebra, by_product, excluded, kernel_share, neuron_shares, restricted
-from headwater.bench.toys.groups import cyclic, dihedral, group, symmetric
+from headwater.bench.toys.algebra import Algebra, neuron_shares
 from headwater.bench.toys.superposing import (
     Superposition,
     SuperpositionConfig,
@@ -23,6 +22,7 @@ from headwater.bench.toys.superposing import (
 )
 from headwater.bench.toys.training import AlgebraConfig, make_model, split_pairs, table_of
 from headwater.core.errors import MethodError, StoreError
+from headwater.core.groups import by_product, cyclic, dihedral, excluded, group, kernel_share, restricted, symmetric
 from headwater.core.results import load_result
 
 GROUPS = ["C7", "C8", "D5", "D6", "S3", "S4"]

@@ -7,24 +7,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _NAMES = {
-    "Algebra": "algebra",
-    "AlgebraConfig": "training",
-    "AlgebraModel": "training",
-    "Group": "groups",
-    "Superposition": "superposing",
-    "SuperpositionConfig": "superposing",
-    "by_hand": "exact",
-    "cyclic": "groups",
-    "dihedral": "groups",
-    "group": "groups",
-    "group_composition": "training",
-    "load": "training",
-    "measure": "algebra",
-    "modular_addition": "training",
-    "superposition": "superposing",
-    "symmetric": "groups",
-    "toys": "catalog",
-    "train": "catalog",
+    "Algebra": "headwater.bench.toys.algebra",
+    "AlgebraConfig": "headwater.bench.toys.training",
+    "AlgebraModel": "headwater.bench.toys.training",
+    "Group": "headwater.core.groups",
+    "Superposition": "headwater.bench.toys.superposing",
+    "SuperpositionConfig": "headwater.bench.toys.superposing",
+    "by_hand": "headwater.bench.toys.exact",
+    "cyclic": "headwater.core.groups",
+    "dihedral": "headwater.core.groups",
+    "group": "headwater.core.groups",
+    "group_composition": "headwater.bench.toys.training",
+    "load": "headwater.bench.toys.training",
+    "measure": "headwater.bench.toys.algebra",
+    "modular_addition": "headwater.bench.toys.training",
+    "superposition": "headwater.bench.toys.superposing",
+    "symmetric": "headwater.core.groups",
+    "toys": "headwater.bench.toys.catalog",
+    "train": "headwater.bench.toys.catalog",
 }
 
 __all__ = [
@@ -52,7 +52,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _NAMES:
         raise AttributeError(f"module 'headwater.bench.toys' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"headwater.bench.toys.{_NAMES[name]}"), name)
+    value = getattr(importlib.import_module(_NAMES[name]), name)
     globals()[name] = value
     return value
 
@@ -65,6 +65,6 @@ if TYPE_CHECKING:
     from headwater.bench.toys.algebra import Algebra, measure
     from headwater.bench.toys.catalog import toys, train
     from headwater.bench.toys.exact import by_hand
-    from headwater.bench.toys.groups import Group, cyclic, dihedral, group, symmetric
     from headwater.bench.toys.superposing import Superposition, SuperpositionConfig, superposition
     from headwater.bench.toys.training import AlgebraConfig, AlgebraModel, group_composition, load, modular_addition
+    from headwater.core.groups import Group, cyclic, dihedral, group, symmetric

@@ -12,8 +12,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from headwater.bench.toys.groups import Group, Irrep
 from headwater.core.errors import MethodError
+from headwater.core.groups import Group, Irrep, excluded, kernel_share, restricted, scored
 from headwater.core.results import Provenance, Result, register_result
 
 KEY = 0.05
@@ -137,47 +137,6 @@ def measure(
         ),
     }
     return Algebra(tables=tables, facts=facts, config=config, provenance=provenance or Provenance.collect())
-
-
-def kernel_share(group: Group, irrep: Irrep, logits: Tensor) -> float:
-    """Share of the variance of logits [a, b, c] (centered over c) along the irrep's character at a b c^-1."""
-    kernel = group.kernel(irrep)
-    size = float(logits.square().sum())
-    along = float((logits * kernel).sum())
-    return along**2 / (float(kernel.square().sum()) * size) if size > 0 else 0.0
-
-
-def by_product(group: Group, values: Tensor) -> Tensor:
-    """[order, ...]: means of values [a, b, ...] over the pairs of each product."""
-    flat = values.flatten(0, 1)
-    found = torch.zeros(group.order, *values.shape[2:], dtype=values.dtype)
-    return found.index_add(0, group.product.flatten(), flat) / group.order
-
-
-def restricted(group: Group, irreps: Sequence[Irrep], logits: Tensor) -> Tensor:
-    """Logits [a, b, c] with only what depends on the product a b through these irreps, and their mean over pairs."""
-    return _component(group, irreps, logits) + logits.mean(dim=(0, 1))
-
-
-def excluded(group: Group, irreps: Sequence[Irrep], logits: Tensor) -> Tensor:
-    """Logits [a, b, c] without what depends on the product a b through these irreps."""
-    return logits - _component(group, irreps, logits)
-
-
-def _component(group: Group, irreps: Sequence[Irrep], logits: Tensor) -> Tensor:
-    means = by_product(group, logits)
-    projector = sum((irrep.projector for irrep in irreps), torch.zeros(group.order, group.order, dtype=torch.float64))
-    return (projector @ means)[group.product]
-
-
-def scored(group: Group, logits: Tensor, mask: Tensor) -> dict[str, Any]:
-    """loss (nats), accuracy and n of logits [a, b, c] on the pairs in `mask`."""
-    said, right = logits[mask], group.product[mask]
-    return {
-        "loss": float(torch.nn.functional.cross_entropy(said, right)),
-        "accuracy": float((said.argmax(dim=-1) == right).double().mean()),
-        "n": int(mask.sum()),
-    }
 
 
 def neuron_shares(irreps: Sequence[Irrep], neurons: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headwater.bench.toys.groups import cyclic
 from headwater.core.errors import MethodError
+from headwater.core.groups import cyclic
 
 if TYPE_CHECKING:
     from headwater.bench.toys.training import AlgebraModel

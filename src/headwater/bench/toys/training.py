@@ -12,9 +12,9 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from headwater.bench.toys.algebra import Algebra, excluded, kernel_share, measure, restricted, scored
-from headwater.bench.toys.groups import Group, group
+from headwater.bench.toys.algebra import Algebra, measure
 from headwater.core.errors import MethodError, StoreError
+from headwater.core.groups import Group, excluded, group, kernel_share, restricted, scored
 from headwater.core.progress import note, track
 from headwater.core.results import Provenance, load_result
 from headwater.localize.catalog import fitted

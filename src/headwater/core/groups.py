@@ -1,14 +1,17 @@
 """Finite groups with their real irreducible representations, as projections on functions over the group.
 
 The answer key of modular addition and of group composition: a network that composes group elements uses a few of these
-(Nanda et al., 2023, for the cyclic group; Chughtai et al., 2023).
+(Nanda et al., 2023, for the cyclic group; Chughtai et al., 2023): how much of its logits lies along them, and its loss
+restricted to what they explain, and with just that excluded.
 """
 
 import itertools
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,6 +138,47 @@ def group(name: str) -> Group:
     if match is None:
         raise MethodError("unknown group", got=repr(name), wanted="C and D with a number, or S3, S4, S5")
     return {"C": cyclic, "D": dihedral, "S": symmetric}[match[1]](int(match[2]))
+
+
+def kernel_share(group: Group, irrep: Irrep, logits: Tensor) -> float:
+    """Share of the variance of logits [a, b, c] (centered over c) along the irrep's character at a b c^-1."""
+    kernel = group.kernel(irrep)
+    size = float(logits.square().sum())
+    along = float((logits * kernel).sum())
+    return along**2 / (float(kernel.square().sum()) * size) if size > 0 else 0.0
+
+
+def by_product(group: Group, values: Tensor) -> Tensor:
+    """[order, ...]: means of values [a, b, ...] over the pairs of each product."""
+    flat = values.flatten(0, 1)
+    found = torch.zeros(group.order, *values.shape[2:], dtype=values.dtype)
+    return found.index_add(0, group.product.flatten(), flat) / group.order
+
+
+def restricted(group: Group, irreps: Sequence[Irrep], logits: Tensor) -> Tensor:
+    """Logits [a, b, c] with only what depends on the product a b through these irreps, and their mean over pairs."""
+    return _through(group, irreps, logits) + logits.mean(dim=(0, 1))
+
+
+def excluded(group: Group, irreps: Sequence[Irrep], logits: Tensor) -> Tensor:
+    """Logits [a, b, c] without what depends on the product a b through these irreps."""
+    return logits - _through(group, irreps, logits)
+
+
+def _through(group: Group, irreps: Sequence[Irrep], logits: Tensor) -> Tensor:
+    means = by_product(group, logits)
+    projector = sum((irrep.projector for irrep in irreps), torch.zeros(group.order, group.order, dtype=torch.float64))
+    return (projector @ means)[group.product]
+
+
+def scored(group: Group, logits: Tensor, mask: Tensor) -> dict[str, Any]:
+    """loss (nats), accuracy and n of logits [a, b, c] on the pairs in `mask`."""
+    said, right = logits[mask], group.product[mask]
+    return {
+        "loss": float(torch.nn.functional.cross_entropy(said, right)),
+        "accuracy": float((said.argmax(dim=-1) == right).double().mean()),
+        "n": int(mask.sum()),
+    }
 
 
 def _parity(row: tuple[int, ...]) -> int:

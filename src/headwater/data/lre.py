@@ -116,7 +116,7 @@ def linear_relation(
     for name in options:
         if name not in known:
             raise MethodError("unknown option of linear_relation", got=repr(name), wanted=did_you_mean(name, known))
-    config = config or LreConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+    config = config or LreConfig(**{name: _tuple(value) for name, value in options.items()})
     if not 0 <= config.template < len(relation.templates):
         raise MethodError(f"{relation.name!r} has no such template", got=config.template)
     layers = _layers(model, config)
@@ -134,8 +134,13 @@ def linear_relation(
     targets = _targets(right, said, config.seed)
     judged = [i for i in right if i in targets]
     if len(judged) < 2:
-        got = f"{len(right)} of {len(rest)} known, answers {len({int(said[i]) for i in right})}"
-        raise BehaviorError(f"{model.name} knows too little of {relation.name!r}", got=got, fix="Set known=False")
+        got = f"{len(right)} of {len(rest)} subjects, and {len({int(said[i]) for i in right})} answers to them"
+        fix = (
+            "Set known=False, or give more samples"
+            if config.known
+            else "It always says the same; two answers are needed"
+        )
+        raise BehaviorError(f"{model.name} knows too little of {relation.name!r}", got=got, fix=fix)
     ranks = config.ranks if config.ranks is not None else tuple(range(0, min(model.d_model, 256) + 1, 8))
     rows: list[dict[str, Any]] = []
     maps: dict[int | str, Lre] = {}
@@ -319,6 +324,10 @@ def _row(layer: int | str, what: str, setting: float, hits: torch.Tensor) -> dic
     return {
         "layer": where, "what": what, "setting": float(setting), "value": value, "lo": lo, "hi": hi, "n": len(hits)
     }  # fmt: skip
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _words(model: "Model") -> Any:

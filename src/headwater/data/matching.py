@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from headwater.core.errors import MethodError
 
 Ints = NDArray[np.int64]
-_MARKS = {"Ġ": " ", "▁": " ", "Ċ": "\n"}  # how tokenizers write a space and a new line
+_MARKS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})  # how tokenizers write a space and a new line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def word_edges(tokenizer: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | 
     for token, number in vocabulary.items():
         if token in special:
             continue
-        text = "".join(_MARKS.get(letter, letter) for letter in token)
+        text = token.translate(_MARKS)
         if text:
             begins[number], ends[number] = _is_word(text[0]), _is_word(text[-1])
     return begins, ends

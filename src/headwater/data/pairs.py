@@ -93,7 +93,7 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
             return [_row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if path.suffix in (".csv", ".parquet"):
             frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
-            return frame.to_dicts()
+            return list[Mapping[str, Any]](frame.to_dicts())
     except OSError as error:
         raise store_error(error, path, "read") from error
     except (json.JSONDecodeError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:

@@ -186,6 +186,14 @@ def test_what_counts_as_a_mention(tmp_path: Path) -> None:
     assert sentences["pairs"] == {("Niger", "Nigeria"): [0, 0]}
 
 
+def test_halves_of_characters_do_not_stop_a_count(tmp_path: Path) -> None:
+    (tmp_path / "t.jsonl").write_text(r'{"text": "Niger \ud83d, Niamey \ud83d\ude00"}' + "\n")
+    assert as_counted(count(tmp_path / "t.jsonl", PAIRS))["pairs"][("Niger", "Niamey")] == [1, 1]
+    (tmp_path / "p.jsonl").write_text(r'{"subject": "\ud83d", "object": "b"}' + "\n")
+    with pytest.raises(HeadwaterError, match="cannot be counted"):
+        read_pairs(tmp_path / "p.jsonl")
+
+
 @pytest.mark.parametrize("form", ["text", "tokens"])
 def test_ranges_of_steps_add_up(tmp_path: Path, form: str) -> None:
     random = np.random.default_rng(0)

@@ -5,6 +5,7 @@ positions at a time. Both give the same: mentions, in positions of the whole pie
 """
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from headwater.core.errors import MethodError
 
 Ints = NDArray[np.int64]
+_HALVES = re.compile("[\ud800-\udfff]")
 _MARKS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})  # how tokenizers write a space and a new line
 
 
@@ -59,11 +61,18 @@ class TextMatcher:
         texts = [self._fold(text) for text in documents]
         starts = np.cumsum([0, *(len(text) + 1 for text in texts)])[:-1]
         whole = "\0".join(texts)
-        found = np.array(self._automaton.find_matches_as_indexes(whole, overlapping=True), dtype=np.int64)
+        try:
+            matches = self._automaton.find_matches_as_indexes(whole, overlapping=True)
+        except (
+            UnicodeEncodeError
+        ):  # JSON may hold halves of surrogate pairs, which are no text; places stay as they are
+            whole = _HALVES.sub("\ufffd", whole)
+            matches = self._automaton.find_matches_as_indexes(whole, overlapping=True)
+        found = np.array(matches, dtype=np.int64)
         which, start, end = found.reshape(-1, 3).T
         codes = np.empty(0, dtype=np.uint32)
         if len(which) and (self._whole or words or sentences):
-            codes = np.frombuffer(whole.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+            codes = np.frombuffer(whole.encode("utf-32-le"), dtype=np.uint32)
         if self._whole and len(which):
             table = _word_table()
             before = np.where(start > 0, table[codes[start - 1]], False)

@@ -50,7 +50,7 @@ def read_pairs(what: Any, *, terms: Iterable[str] = (), aliases: Mapping[str, It
         term = name.strip()
         own = forms.setdefault(term, {})
         for form in (term, *given):
-            if not form.strip() or "\0" in form:
+            if not form.strip() or "\0" in form or any("\ud800" <= letter <= "\udfff" for letter in form):
                 raise MethodError("a term cannot be counted", got=repr(form), wanted="text that is not empty")
             own[form.strip()] = None
         return term

@@ -8,7 +8,7 @@ import torch
 
 from headwater.bench.programs import LearnedProgram, ProgramsConfig, ProgramShape, learn_program, sequence_tasks
 from headwater.bench.programs.export import to_python
-from headwater.bench.programs.learning import predictions
+from headwater.bench.programs.learning import _Data, predictions
 from headwater.bench.programs.model import Choices, ProgramModel, tie_breaks
 from headwater.bench.programs.source import check_source, load_function
 from headwater.bench.programs.tasks import BOS, SKIP
@@ -174,3 +174,11 @@ def test_full_size_tasks_are_learned_exactly(task: str) -> None:
     found = learn_program(task, seeds=1, steps=800)
     assert found.facts["agreement"] == 1.0
     assert found.facts["best_accuracy"] > 0.99
+
+
+def test_where_training_sees_nearly_all_sequences_a_quarter_is_held_out() -> None:
+    task = sequence_tasks.get("dyck1")
+    data = _Data.of(task, ProgramsConfig(length=6, train=2000, test=300))
+    seen, held = {tuple(xs) for xs, _ in data.train}, [tuple(xs) for xs, _ in data.test]
+    assert len(held) == len(set(held)) == 16 and len(seen) == 48  # of 64
+    assert not seen & set(held)

@@ -1,5 +1,6 @@
 """Learning programs: train with falling temperature, take the likeliest choices, write Python, and compare the two."""
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -145,16 +146,20 @@ class _Data:
     def of(cls, task: SequenceTask, config: ProgramsConfig) -> "_Data":
         sizes = {"vocabulary": config.vocabulary, "length": config.length}
         train = task.sample(config.train, seed=config.seed, **sizes)
+        drawn = task.sample(config.test, seed=config.seed + 10_000, **sizes)
         known = {tuple(xs) for xs, _ in train}
-        test = [
-            row for row in task.sample(config.test, seed=config.seed + 10_000, **sizes) if tuple(row[0]) not in known
-        ]
+        test = [row for row in drawn if tuple(row[0]) not in known]
+        if len(test) < min(100, len(drawn) // 2):
+            # so few sequences are there that training saw nearly all: a quarter of them is held out, each once
+            every = {tuple(xs): (xs, ys) for xs, ys in [*train, *drawn]}
+            names = sorted(every)
+            held = set(random.Random(config.seed).sample(names, len(names) // 4))
+            train = [row for row in train if tuple(row[0]) not in held]
+            test = [every[name] for name in names if name in held]
         words = [BOS, *sorted({x for xs, _ in [*train, *test] for x in xs})]
         answers = sorted({y for _, ys in [*train, *test] for y in ys if y != SKIP})
-        if not test:
-            raise MethodError(
-                "every test sequence occurs in training", fix="Take longer sequences, or fewer for training"
-            )
+        if not test or not train:
+            raise MethodError("too few sequences to train on some and test on others", fix="Take longer ones")
         return cls(task, words, answers, train, test)
 
     def tensors(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ Intervals are 95%, over sequences or prompts.
 """
 
 import functools
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,27 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Measure = Callable[["Probe"], "list[Row]"]
 Across = Callable[["dict[int, dict[str, Tensor]]"], "dict[int, list[Row]]"]
-measures: Registry[Measure] = Registry("measure")
+# Measures with a file of their own, imported when a name is asked for: they import this module.
+_OWN = ("headwater.dynamics.grokking",)
+
+
+class Measures(Registry[Measure]):
+    """Measures by name."""
+
+    def get(self, name: str) -> Measure:
+        self._import_own()
+        return super().get(name)
+
+    def names(self) -> list[str]:
+        self._import_own()
+        return super().names()
+
+    def _import_own(self) -> None:
+        for module in _OWN:
+            importlib.import_module(module)
+
+
+measures = Measures("measure")
 """Outside packages add theirs by the entry point group `headwater.measures`."""
 acrosses: dict[str, Across] = {}
 """Name of a measure -> what compares the tensors that it kept, {step: tensors} -> {step: rows}."""
@@ -55,7 +76,8 @@ class Probe:
     """One checkpoint, and what it is measured on.
 
     behavior: pairs, or None. ids: token sequences [n, T], or None. loss_at: [T] bool, which of their tokens are
-    predicted. seed: of everything random. kept: tensors for comparisons over steps.
+    predicted. seed: of everything random. trained: the sequences [n, T] of one round of a run's training data, where
+    the series is a run of the lab and they are few. kept: tensors for comparisons over steps.
     """
 
     model: "Model"
@@ -64,6 +86,7 @@ class Probe:
     ids: Tensor | None = None
     loss_at: Tensor | None = None
     seed: int = 0
+    trained: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     def keep(self, name: str, tensor: Tensor) -> None:

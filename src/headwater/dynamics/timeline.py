@@ -22,7 +22,9 @@ from headwater.dynamics.transitions import transitions
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
+    from headwater.dynamics.lab.run import TrainingRun
 
+_TRAINED = 1 << 14  # sequences: training data up to this size is shown to the measures
 _VALUES: dict[str, Any] = {
     "step": pl.Int64, "measure": pl.String, "name": pl.String, "value": pl.Float64, "lo": pl.Float64, "hi": pl.Float64,
 }  # fmt: skip
@@ -103,13 +105,15 @@ def track(
     """
     config = config or _config(options)
     chosen = CheckpointSeries.of(series)
-    if tokens is None:
-        tokens, loss_at = _own_tokens(chosen)
+    run = _own_run(chosen)
+    if tokens is None and run is not None:
+        tokens, loss_at = _own_tokens(run)
     if tokens is not None:
         tokens = tokens[: config.sequences, : config.length]
         loss_at = None if loss_at is None else loss_at[: config.length]
         if loss_at is not None and not bool(loss_at[1:].any()):
             raise MethodError("none of the tokens that are looked at is predicted", fix="Raise length")
+    trained = None if run is None else _trained(run)
     started = time.monotonic()
     about = _about(chosen, config, behavior, tokens, loss_at)
     found: dict[int, dict[str, Any]] = {}
@@ -125,7 +129,7 @@ def track(
         models = part.load(skip=claims.taken, **(load or {}))
         try:
             for one, model in shown(models, f"tracking {chosen.name}", len(todo)):
-                probe = Probe(model, one.step, behavior, tokens, loss_at, config.seed)
+                probe = Probe(model, one.step, behavior, tokens, loss_at, config.seed, trained)
                 head = _measure(probe, config, one)
                 if folder is None:
                     found[one.step], kept[one.step] = head, probe.kept
@@ -152,19 +156,29 @@ def _config(options: dict[str, Any]) -> TrackConfig:
     return TrackConfig(**{**options, "measures": tuple(options.get("measures", ("loss",)))})
 
 
-def _own_tokens(series: CheckpointSeries) -> tuple[Tensor | None, Tensor | None]:
-    """For a run of the lab: its first validation data, else the last sequences that it saw."""
+def _own_run(series: CheckpointSeries) -> "TrainingRun | None":
+    """The run of the lab that these checkpoints are of."""
     folder = Path(series.checkpoints[0].source).parent
     if series.checkpoints[0].revision is not None or not (folder / "train.json").exists():
-        return None, None
+        return None
     from headwater.dynamics.lab.run import TrainingRun
 
-    data = TrainingRun.open(folder)
-    if data.data.validation:
-        rows, at = next(iter(data.data.validation.values()))
+    return TrainingRun.open(folder)
+
+
+def _own_tokens(run: "TrainingRun") -> tuple[Tensor, Tensor]:
+    """Its first validation data, else the last sequences that it saw."""
+    if run.data.validation:
+        rows, at = next(iter(run.data.validation.values()))
     else:
-        rows, at = data.order.step(data.config.steps - 1), data.data.loss_at[0]
+        rows, at = run.order.step(run.config.steps - 1), run.data.loss_at[0]
     return torch.from_numpy(rows), torch.from_numpy(at)
+
+
+def _trained(run: "TrainingRun") -> Tensor | None:
+    """One round of its data, as far as it was seen; None where that is much."""
+    n = sum(source.n_sequences for source in run.data.sources)
+    return torch.from_numpy(run.data.rows(0, min(n, run.order.n_sequences))[0]) if n <= _TRAINED else None
 
 
 def _about(

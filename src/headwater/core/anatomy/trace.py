@@ -140,6 +140,7 @@ def probe_inputs(hf: Any, length: int = 5) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     text = getattr(config, "text_config", config)
     vision = getattr(config, "vision_config", config)
+    length = min(length, getattr(text, "max_position_embeddings", None) or length)  # a context of four is trained here
 
     def tokens() -> torch.Tensor:
         size = min(getattr(text, "vocab_size", 2), 1000)

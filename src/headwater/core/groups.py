@@ -34,7 +34,10 @@ class Irrep:
 
 
 class Group:
-    """A finite group: `product` [order, order] and `inverse` [order] of element indices, `elements` their names."""
+    """A finite group: `product` [order, order] and `inverse` [order] of element indices, `elements` their names.
+
+    `characters`: name, dimension and trace [order] of each irreducible representation, `trivial` first.
+    """
 
     def __init__(self, name: str, product: Tensor, elements: tuple[str, ...]) -> None:
         self.name, self.product, self.elements = name, product, elements
@@ -44,14 +47,14 @@ class Group:
             raise MethodError(f"{name} is no group", got=f"{len(identity)} identities")
         self.identity = int(identity[0])
         self.inverse = (product == self.identity).long().argmax(dim=1)
-        self._characters: list[tuple[str, int, Tensor]] = []
+        self.characters: list[tuple[str, int, Tensor]] = []
 
     @cached_property
     def irreps(self) -> tuple[Irrep, ...]:
         """All of them; `trivial` first."""
         found: list[Irrep] = []
         quotient = self.product[:, self.inverse]  # [g, h] -> g h^-1
-        for name, dimension, character in self._characters:
+        for name, dimension, character in self.characters:
             # of a joined pair of complex irreps the character is the sum of both, its norm 2
             multiple = round(float(character.square().mean()))
             scale = dimension / multiple / self.order
@@ -75,10 +78,10 @@ def cyclic(n: int) -> Group:
     g = torch.arange(n)
     made = Group(f"C{n}", (g[:, None] + g[None]) % n, tuple(map(str, range(n))))
     turn = 2 * math.pi * g.double() / n
-    made._characters = [("trivial", 1, torch.ones(n, dtype=torch.float64))]
+    made.characters = [("trivial", 1, torch.ones(n, dtype=torch.float64))]
     for k in range(1, n // 2 + 1):
         alone = 2 * k == n
-        made._characters.append((f"k{k}", 1 if alone else 2, torch.cos(k * turn) * (1 if alone else 2)))
+        made.characters.append((f"k{k}", 1 if alone else 2, torch.cos(k * turn) * (1 if alone else 2)))
     return made
 
 
@@ -95,14 +98,14 @@ def dihedral(n: int) -> Group:
     made = Group(f"D{n}", table, tuple([f"r{k}" for k in range(n)] + [f"sr{k}" for k in range(n)]))
     ones = torch.ones(n, dtype=torch.float64)
     turn = 2 * math.pi * torch.arange(n).double() / n
-    made._characters = [("trivial", 1, torch.cat([ones, ones])), ("sign", 1, torch.cat([ones, -ones]))]
+    made.characters = [("trivial", 1, torch.cat([ones, ones])), ("sign", 1, torch.cat([ones, -ones]))]
     if n % 2 == 0:
         alternating = 1 - 2 * (torch.arange(n) % 2).double()
-        made._characters += [
+        made.characters += [
             ("alternating", 1, torch.cat([alternating, alternating])),
             ("alternating_sign", 1, torch.cat([alternating, -alternating])),
         ]
-    made._characters += [
+    made.characters += [
         (f"rotation{k}", 2, torch.cat([2 * torch.cos(k * turn), 0 * ones])) for k in range(1, (n + 1) // 2)
     ]
     return made
@@ -127,8 +130,8 @@ def symmetric(n: int) -> Group:
     named += [("standard_sign", standard * sign), ("pairs", pairs), ("pairs_sign", pairs * sign), ("wedge", wedge)]
     for name, character in named:
         irreducible = abs(float(character.square().mean()) - 1) < 1e-9
-        if irreducible and all(float((character - old).abs().max()) > 1e-9 for _, _, old in made._characters):
-            made._characters.append((name, round(float(character[made.identity])), character))
+        if irreducible and all(float((character - old).abs().max()) > 1e-9 for _, _, old in made.characters):
+            made.characters.append((name, round(float(character[made.identity])), character))
     return made
 
 

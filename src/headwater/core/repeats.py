@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def repeated_tokens(model: "Model", *, sequences: int = 12, length: int = 20, seed: int = 0) -> Tensor:
     """[sequences, 2 * length] token ids: random ones (none special), said twice; shorter where the context is."""
     generator = torch.Generator().manual_seed(seed)
-    special = set(getattr(model.tokenizer, "all_special_ids", None) or ())
+    special: set[int] = set(getattr(model.tokenizer, "all_special_ids", None) or ())
     usable = torch.tensor([token for token in range(model.d_vocab) if token not in special])
     if model.max_length is not None:
         length = min(length, model.max_length // 2)

@@ -6,6 +6,7 @@ OLMo's, each with the order in which training drew from it (`megatron.py`, `olmo
 
 import hashlib
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ Piece = tuple[int, Any, Cursor]
 """(number of the first sequence, the sequences, where the next piece begins): documents [str] or token ids [n, T]."""
 
 
-class Corpus:
+class Corpus(ABC):
     """Sequences in training order: token ids of one length (`form` "tokens") or documents ("text").
 
     `batch_size` is how many sequences a training step takes (None: not known, and then a step is one sequence).
@@ -72,9 +73,9 @@ class Corpus:
         return _make(Olmo, paths, options)
 
     @property
+    @abstractmethod
     def n_sequences(self) -> int:
         """How many sequences there are (of texts: documents, for which all are read once)."""
-        raise NotImplementedError
 
     @property
     def steps(self) -> int:
@@ -94,17 +95,17 @@ class Corpus:
         size = self.batch_size or 1
         return self.between(step * size, (step + 1) * size)
 
+    @abstractmethod
     def between(self, first: int, last: int) -> Any:
         """Sequences first .. last-1 in training order."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pieces(self, cursor: Cursor | None = None, *, size: int = _PIECE) -> Iterator[Piece]:
         """All sequences in order, a piece of about `size` tokens or characters at a time, from a cursor on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def identity(self) -> dict[str, Any]:
         """What tells this corpus from another one: plain data, of the content, not of where it lies."""
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, form={self.form!r}, batch_size={self.batch_size})"
@@ -120,9 +121,9 @@ class TokenCorpus(Corpus):
     def n_sequences(self) -> int:
         return self._n
 
+    @abstractmethod
     def rows(self, numbers: NDArray[np.int64]) -> NDArray[Any]:
         """[n, T]: the sequences with these numbers in training order."""
-        raise NotImplementedError
 
     def tokens(self, index: int) -> NDArray[Any]:
         """The k-th sequence in training order."""

@@ -14,7 +14,7 @@ from headwater.localize.engine.ablation import Ablation, Constants, ablation_nam
 from headwater.localize.engine.evaluate import CircuitRunner
 from headwater.localize.engine.passes import Engine, Scored, make_batches
 from headwater.localize.engine.positions import position_index, prune_positions, top_positions
-from headwater.localize.search.selection import prune
+from headwater.localize.selection import prune
 from localize_ablated import plain_ablated, plain_reference
 from localize_families import LAYERS, LAYOUTS, H, K, Plain, bound, make, pairs
 from tiny import tiny_llama, tiny_tokenizer

@@ -310,8 +310,8 @@ def test_heads_and_mlps_are_scored_as_by_atp(tiny_model64: Any) -> None:
 def test_pairs_that_share_all_but_their_last_token(name: str) -> None:
     """One position is run: the scores are those of whole runs."""
     from headwater.localize.attribution.ig_activations import score_batch
+    from headwater.localize.attribution.layer_paths import WriteScorer
     from headwater.localize.engine.edges import EdgeScorer
-    from headwater.localize.engine.layer_paths import WriteScorer
 
     engine, scored = Engine(make(name)), Scored.named("logit_diff")
     found = []

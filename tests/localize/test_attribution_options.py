@@ -15,8 +15,8 @@ from headwater.core.errors import MethodError, ModelError
 from headwater.localize.attribution.atp import NodeScorer
 from headwater.localize.attribution.eap import integration_nodes
 from headwater.localize.attribution.ig_activations import score_batch
+from headwater.localize.attribution.layer_paths import WriteScorer
 from headwater.localize.engine.edges import EdgeScorer
-from headwater.localize.engine.layer_paths import WriteScorer
 from headwater.localize.engine.passes import Batch, Engine, Scored, can_narrow, make_batches
 from headwater.localize.engine.places import in_order, places_of
 from headwater.localize.engine.writes import Fixed, fixed_values

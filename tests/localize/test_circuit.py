@@ -15,7 +15,7 @@ from headwater.localize.circuit import Circuit
 from headwater.localize.graph import Graph
 from headwater.localize.judging import mib
 from headwater.localize.judging.nulls import p_value, random_circuits
-from headwater.localize.search.selection import greedy, prune, select, top_n
+from headwater.localize.selection import greedy, prune, select, top_n
 
 SMALL = Graph(n_layers=2, n_heads=4, n_kv_heads=2)
 PLAIN = Graph(n_layers=2, n_heads=2, n_kv_heads=2)

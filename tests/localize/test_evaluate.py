@@ -8,7 +8,7 @@ import torch
 from headwater.behavior.metrics import metric
 from headwater.localize.engine.evaluate import CircuitRunner
 from headwater.localize.engine.passes import Engine, Scored, make_batches
-from headwater.localize.search.selection import prune
+from headwater.localize.selection import prune
 from localize_families import LAYOUTS, bound, make, pairs, plain_circuit
 
 

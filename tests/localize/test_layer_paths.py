@@ -11,8 +11,8 @@ from torch import Tensor
 
 from headwater.behavior.metrics import metric
 from headwater.localize.attribution.ig_activations import score_batch
+from headwater.localize.attribution.layer_paths import WriteScorer, sites_of
 from headwater.localize.engine.edges import EdgeScorer
-from headwater.localize.engine.layer_paths import WriteScorer, sites_of
 from headwater.localize.engine.passes import Engine, Scored, make_batches
 from localize_families import LAYERS, LAYOUTS, Plain, bound, make, pairs
 

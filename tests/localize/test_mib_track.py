@@ -99,7 +99,7 @@ def test_budgets_round_as_mib_does() -> None:
         n = int(fraction * len(GRAPH.sources))
         for rank, value in (("abs", scores.abs()), ("signed", scores)):
             best = [GRAPH.sources[i] for i in torch.argsort(value, descending=True, stable=True)[:n]]
-            from headwater.localize.search.selection import prune
+            from headwater.localize.selection import prune
 
             expected = prune(GRAPH, Circuit.from_nodes(GRAPH, best).mask)
             assert torch.equal(budget(GRAPH, scores, fraction, level="node", rank=rank), expected)

@@ -13,7 +13,7 @@ from headwater.core.errors import MethodError
 from headwater.core.results import Provenance, Result, register_result
 from headwater.localize.graph import Graph, head_of
 from headwater.localize.judging import mib
-from headwater.localize.search.selection import Rank, nodes_in, prune, select
+from headwater.localize.selection import Rank, nodes_in, prune, select
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headwater.core.attention import Handler, attention_session, method_session
-from headwater.localize.engine.hooks import on_input, on_output, on_port, replace_forward
-from headwater.localize.engine.layer_paths import hand_on
+from headwater.localize.engine.hooks import hand_on, on_input, on_output, on_port, replace_forward
 from headwater.localize.engine.passes import Batch, Engine, Scored, can_narrow
 from headwater.localize.engine.places import Places, Positions, places_of
 from headwater.localize.graph import Graph

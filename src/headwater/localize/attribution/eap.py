@@ -31,7 +31,7 @@ from headwater.localize.engine.positions import top_positions
 from headwater.localize.engine.writes import Against, check_against, fixed_values
 from headwater.localize.graph import Graph
 from headwater.localize.judging.mib import FRACTIONS
-from headwater.localize.search.selection import How, Rank, select
+from headwater.localize.selection import How, Rank, select
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

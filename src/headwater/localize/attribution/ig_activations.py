@@ -16,9 +16,9 @@ from headwater.localize.attribution.eap import (
     integration_nodes,
     score_edges,
 )
+from headwater.localize.attribution.layer_paths import Paths, Site, sites_of
 from headwater.localize.catalog import methods
 from headwater.localize.engine.edges import EdgeScorer, ReaderGradients
-from headwater.localize.engine.layer_paths import Paths, Site, sites_of
 from headwater.localize.engine.passes import Batch
 from headwater.localize.engine.places import places_of
 from headwater.localize.engine.writes import Other

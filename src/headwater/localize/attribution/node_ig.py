@@ -63,6 +63,6 @@ def node_ig(
         return score_nodes("node_ig", model, behavior, used, nodes)
     if used.neurons:
         raise MethodError("node_ig by activations has no scores of neurons", fix='Use path="inputs", or atp')
-    from headwater.localize.engine.layer_paths import WriteScorer
+    from headwater.localize.attribution.layer_paths import WriteScorer
 
     return score_nodes("node_ig", model, behavior, used, nodes, scorer=WriteScorer)

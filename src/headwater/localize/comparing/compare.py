@@ -22,7 +22,7 @@ from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.localize.graph import Graph
 from headwater.localize.judging.nulls import random_circuits
-from headwater.localize.search.selection import nodes_in
+from headwater.localize.selection import nodes_in
 
 if TYPE_CHECKING:
     from headwater.localize.attribution.eap import AttributionResult

@@ -11,7 +11,7 @@ Shapes: N = B T positions run, D width, A sources with an edge in the circuit, R
 run side by side.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from headwater.localize.engine.hooks import on_input, on_output, on_port, replac
 from headwater.localize.engine.passes import Batch, Engine, Scored, Seen, probe_ids
 from headwater.localize.engine.positions import position_index, prune_positions
 from headwater.localize.engine.wiring import Layer, PartName
-from headwater.localize.search.selection import prune
+from headwater.localize.selection import prune
 
 
 @dataclass(frozen=True, eq=False)
@@ -395,17 +395,7 @@ class Live:
 
         if not heads:
             return
-        if layer.post_norm.module is None:
-
-            def instead(z: Tensor) -> Tensor:
-                write(z, None)
-                return z.new_zeros(*z.shape[:-1], self.shape[-1])
-
-            replace_forward(stack, layer.attention.out_proj, instead)
-        else:
-            z_now: list[Tensor] = []
-            stack.callback(on_input(layer.attention.out_proj, lambda z: z_now.append(z)).remove)
-            on_output(stack, layer.attention.out_proj, lambda y: write(z_now.pop(), y))
+        on_heads_write(stack, layer, self.shape[-1], write)
 
     def _feed(self, stack: ExitStack, index: int, layer: Layer) -> None:
         reference, graph = self.reference, self.graph
@@ -466,3 +456,22 @@ def repeated(output: Any, copies: int) -> Any:
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def on_heads_write(stack: ExitStack, layer: Layer, width: int, write: Callable[[Tensor, Tensor | None], None]) -> None:
+    """`write(z, output)` where heads add to the stream, with z their mixed values.
+
+    Without a norm after the output projection the projection is not run: its output is None, the module gives 0, and
+    `write` keeps what it makes of z. Behind such a norm (Gemma2, OLMo2) the norm must see the whole, so it is run.
+    """
+    if layer.post_norm.module is None:
+
+        def instead(z: Tensor) -> Tensor:
+            write(z, None)
+            return z.new_zeros(*z.shape[:-1], width)
+
+        replace_forward(stack, layer.attention.out_proj, instead)
+    else:
+        z_now: list[Tensor] = []
+        stack.callback(on_input(layer.attention.out_proj, lambda z: z_now.append(z)).remove)
+        on_output(stack, layer.attention.out_proj, lambda y: write(z_now.pop(), y))

@@ -67,6 +67,22 @@ def replace_forward(stack: ExitStack, module: nn.Module, forward: Callable[..., 
     module.__dict__["forward"] = forward
 
 
+def hand_on(given: Any, key: int | str | None, stream: Tensor | None, into: int | str | None) -> Callable[..., Any]:
+    """A block that is not run: it gives back what enters it (argument `into`), or `stream`."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        x = stream
+        if x is None:
+            x = kwargs[into] if isinstance(into, str) and into in kwargs else args[into if isinstance(into, int) else 0]
+        if key is None:
+            return x
+        items = list(given)
+        items[key] = x  # type: ignore[index]
+        return type(given)(items)
+
+    return forward
+
+
 @contextmanager
 def frozen(hf: nn.Module) -> Iterator[None]:
     """Evaluation mode and no gradient of any weight inside; everything as it was afterwards."""

@@ -23,7 +23,7 @@ from headwater.localize.engine.passes import (
 from headwater.localize.engine.planning import Plan, Tally, plans
 from headwater.localize.graph import Graph
 from headwater.localize.judging.mib import FRACTIONS
-from headwater.localize.search.selection import Rank, prune, select
+from headwater.localize.selection import Rank, prune, select
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

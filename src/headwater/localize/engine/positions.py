@@ -14,7 +14,7 @@ from torch import Tensor
 from headwater.core.errors import MethodError, did_you_mean
 from headwater.localize.engine.passes import Batch
 from headwater.localize.graph import Graph
-from headwater.localize.search.selection import Rank, edge_budget, ranking
+from headwater.localize.selection import Rank, edge_budget, ranking
 
 OTHER = "other"
 _COUNTED = re.compile(r"-\d+$")

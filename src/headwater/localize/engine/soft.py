@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from headwater.localize.engine.ablation import shared_write
 from headwater.localize.engine.edges import PARTS, head_values
-from headwater.localize.engine.evaluate import Reference
-from headwater.localize.engine.hooks import on_input, on_output, on_port, replace_forward
+from headwater.localize.engine.evaluate import Reference, on_heads_write
+from headwater.localize.engine.hooks import on_input, on_port, replace_forward
 from headwater.localize.engine.passes import Seen
 from headwater.localize.engine.wiring import Layer
 
@@ -107,17 +107,7 @@ class _Soft:
                 wrote = wrote + (ours - usual) / graph.n_heads
             self.written.append((graph.heads_at(index).start, wrote))
 
-        if layer.post_norm.module is None:
-
-            def instead(z: Tensor) -> Tensor:
-                write(z, None)
-                return z.new_zeros(*z.shape[:-1], reference.shape[-1])
-
-            replace_forward(stack, layer.attention.out_proj, instead)
-        else:
-            z_now: list[Tensor] = []
-            stack.callback(on_input(layer.attention.out_proj, lambda z: z_now.append(z)).remove)
-            on_output(stack, layer.attention.out_proj, lambda y: write(z_now.pop(), y))
+        on_heads_write(stack, layer, reference.shape[-1], write)
 
     def _feed(self, stack: ExitStack, index: int, layer: Layer) -> None:
         reference, graph = self.reference, self.graph

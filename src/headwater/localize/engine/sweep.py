@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from headwater.localize.engine.hooks import on_input, on_output, on_port, replace_forward
+from headwater.localize.engine.hooks import hand_on, on_input, on_output, on_port, replace_forward
 from headwater.localize.engine.passes import Batch, Engine, Scored, can_narrow, copied
 from headwater.localize.engine.schedule import (
     ATTENTION,
@@ -376,7 +376,7 @@ class Sweep:
             replace_forward(
                 stack,
                 block.module,
-                _hand_on(given, block.output.key, stream if index == start - 1 else None, block.input.key),
+                hand_on(given, block.output.key, stream if index == start - 1 else None, block.input.key),
             )
         if start == 0:
             on_port(stack, self.layers[0].block.input, lambda _: stream)
@@ -467,20 +467,6 @@ def geometry_of(engine: Engine, batch: Batch, *, cached: bool) -> Geometry:
         cached=cached,
         positions=batch.positions,
     )
-
-
-def _hand_on(given: Any, key: int | str | None, stream: Tensor | None, into: int | str | None) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x = stream
-        if x is None:
-            x = kwargs[into] if isinstance(into, str) and into in kwargs else args[into if isinstance(into, int) else 0]
-        if key is None:
-            return x
-        items = list(given)
-        items[key] = x  # type: ignore[index]
-        return type(given)(items)
-
-    return forward
 
 
 def _stacked(x: Tensor, repeats: int) -> Tensor:

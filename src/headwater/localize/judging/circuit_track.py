@@ -24,7 +24,7 @@ from headwater.localize.engine.wiring import graph_of
 from headwater.localize.graph import Graph
 from headwater.localize.judging.faithfulness import evaluate_masks
 from headwater.localize.judging.mib import FRACTIONS, areas
-from headwater.localize.search.selection import Rank, prune, ranking, select
+from headwater.localize.selection import Rank, prune, ranking, select
 from headwater.localize.stats import ratio
 
 if TYPE_CHECKING:

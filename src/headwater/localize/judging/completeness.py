@@ -19,7 +19,7 @@ from headwater.localize.circuit import Circuit
 from headwater.localize.engine.ablation import AblationLike, as_ablation
 from headwater.localize.graph import Graph
 from headwater.localize.judging.faithfulness import Values, evaluate_masks, learned
-from headwater.localize.search.selection import prune
+from headwater.localize.selection import prune
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

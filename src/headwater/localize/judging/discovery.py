@@ -17,7 +17,7 @@ from headwater.localize.engine.wiring import graph_of
 from headwater.localize.judging.circuit_track import budget, passes_of, scores_of
 from headwater.localize.judging.faithfulness import evaluate_masks
 from headwater.localize.judging.mib import FRACTIONS, areas
-from headwater.localize.search.selection import Rank, prune
+from headwater.localize.selection import Rank, prune
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

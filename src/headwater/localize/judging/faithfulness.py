@@ -31,7 +31,7 @@ from headwater.localize.engine.positions import prune_positions
 from headwater.localize.graph import Graph
 from headwater.localize.judging.mib import FRACTIONS, areas
 from headwater.localize.judging.nulls import p_value, random_circuits
-from headwater.localize.search.selection import Rank, edge_budget, prune, select
+from headwater.localize.selection import Rank, edge_budget, prune, select
 from headwater.localize.stats import ratio
 
 if TYPE_CHECKING:

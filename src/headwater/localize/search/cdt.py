@@ -36,7 +36,7 @@ from headwater.localize.engine.norms import Norm, measure_norm
 from headwater.localize.engine.passes import Engine, for_discovery, tokens_at_once
 from headwater.localize.engine.wiring import Layer, Part
 from headwater.localize.search.moves import captured
-from headwater.localize.search.selection import prune
+from headwater.localize.selection import prune
 
 if TYPE_CHECKING:
     from headwater.behavior.bind import Bound, Group

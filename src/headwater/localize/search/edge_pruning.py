@@ -19,7 +19,7 @@ from headwater.localize.engine.passes import Scored, for_discovery
 from headwater.localize.engine.soft import soft_logits
 from headwater.localize.graph import Graph
 from headwater.localize.search.searching import SearchResult, Trials, Unit, search_result
-from headwater.localize.search.selection import top_n
+from headwater.localize.selection import top_n
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

@@ -19,7 +19,7 @@ from headwater.localize.engine.ablation import Ablation, AblationKind
 from headwater.localize.engine.passes import for_discovery
 from headwater.localize.graph import Graph
 from headwater.localize.search.searching import SearchResult, Trials, Unit, search_result
-from headwater.localize.search.selection import prune
+from headwater.localize.selection import prune
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

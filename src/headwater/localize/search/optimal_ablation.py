@@ -23,7 +23,7 @@ from headwater.localize.engine.passes import Scored, for_discovery
 from headwater.localize.engine.soft import soft_logits
 from headwater.localize.graph import Graph
 from headwater.localize.search.searching import Trials
-from headwater.localize.search.selection import prune
+from headwater.localize.selection import prune
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior

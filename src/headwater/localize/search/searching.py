@@ -17,7 +17,7 @@ from headwater.localize.engine.ablation import AblationLike, as_ablation, prepar
 from headwater.localize.engine.evaluate import CircuitRunner, Live, Reference
 from headwater.localize.engine.passes import Batch, Engine, Scored, make_batches, tokens_at_once
 from headwater.localize.graph import Graph
-from headwater.localize.search.selection import Rank, nodes_in, prune, select
+from headwater.localize.selection import Rank, nodes_in, prune, select
 
 if TYPE_CHECKING:
     from headwater.behavior.bind import Bound

@@ -6,7 +6,7 @@ left. The node of the integral that is the prompt itself is that run, the same f
 Shapes: B pairs, T positions run, N = B T, D width, L layers; a site is `input`, one layer's attention, or one MLP.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from headwater.localize.attribution.atp import NodeScorer
 from headwater.localize.engine.edges import Gradients
-from headwater.localize.engine.hooks import on_output, on_port, replace_forward
+from headwater.localize.engine.hooks import hand_on, on_output, on_port, replace_forward
 from headwater.localize.engine.passes import Batch, Engine, Scored, Seen
 from headwater.localize.engine.writes import Other, attention_differences, embed_differences, mlp_differences
 
@@ -277,19 +277,3 @@ class WriteScorer(NodeScorer):
         assert corrupt.logits is not None
         self._corrupt.append(self.metric(batch, corrupt.logits, reference))
         return corrupt
-
-
-def hand_on(given: Any, key: int | str | None, stream: Tensor | None, into: int | str | None) -> Callable[..., Any]:
-    """A block that is not run: it gives back what enters it (argument `into`), or `stream`."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        x = stream
-        if x is None:
-            x = kwargs[into] if isinstance(into, str) and into in kwargs else args[into if isinstance(into, int) else 0]
-        if key is None:
-            return x
-        items = list(given)
-        items[key] = x  # type: ignore[index]
-        return type(given)(items)
-
-    return forward

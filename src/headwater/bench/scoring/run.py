@@ -27,7 +27,7 @@ from headwater.localize.catalog import described
 from headwater.localize.catalog import methods as known_methods
 from headwater.localize.engine.passes import for_discovery
 from headwater.localize.judging.circuit_track import passes_of
-from headwater.localize.search.selection import select
+from headwater.localize.selection import select
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "patch": {"sites": ["head", "mlp_out"]},

@@ -19,6 +19,10 @@ BELOW["cli"] = {*BELOW["bench"], "bench"}
 # Result.chart() finds its drawing by name: the only arrow that points upwards.
 # A corpus that is a run of the lab is rebuilt by the lab, found by name too.
 BY_NAME = {("core/results.py", "report"), ("data/corpus.py", "dynamics")}
+# A world is one of the lab's sources, and mechanisms are related to counts checkpoint by checkpoint.
+BY_NAME |= {("data/world.py", "dynamics"), ("data/link.py", "dynamics")}
+# The edges of a circuit over checkpoints are the edges that `localize` finds at each.
+BY_NAME |= {("dynamics/measures/circuit.py", "localize")}
 HEAVY = ["torch", "transformers", "polars", "altair", "scipy", "numpy", "pandas", "jinja2", "vl_convert"]
 
 MODULES = sorted(SRC.rglob("*.py"))

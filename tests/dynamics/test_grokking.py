@@ -6,8 +6,8 @@ import torch
 from headwater.core.errors import MethodError
 from headwater.core.groups import cyclic
 from headwater.dynamics import TrainConfig, TrainingRun, track, train
-from headwater.dynamics.grokking import modular_addition
 from headwater.dynamics.measures import Probe, acrosses
+from headwater.dynamics.measures.grokking import modular_addition
 
 P = 7
 SMALL = {

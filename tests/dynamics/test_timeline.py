@@ -14,7 +14,8 @@ from headwater.core.errors import HeadwaterError, MethodError, StoreError
 from headwater.core.repeats import repeated_tokens
 from headwater.dynamics import Timeline, TrainingRun, track, train
 from headwater.dynamics import timeline as timeline_module
-from headwater.dynamics.measures import Probe, linear_cka, measures
+from headwater.dynamics.measures import Probe, measures
+from headwater.dynamics.measures.streams import linear_cka
 from headwater.dynamics.transitions import change_point, crossing, transitions
 from lab_runs import small
 

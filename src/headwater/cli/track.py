@@ -20,6 +20,12 @@ def track(
     measures: Annotated[
         str | None, typer.Option(help="Comma-separated. [default: loss, or behavior where one is given]")
     ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="A setting of a measure, MEASURE.NAME=VALUE (circuit.fraction=.1); may be repeated."
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A text, JSONL or Parquet file to take sequences of tokens from.")
     ] = None,
@@ -59,7 +65,7 @@ def track(
         if out is not None:
             found.save(out / "audit")
     chosen = measures or ("behavior" if behavior is not None else "loss")
-    options: dict[str, Any] = {"measures": chosen, "seed": seed}
+    options: dict[str, Any] = {"measures": chosen, "seed": seed, "settings": _settings(option or [])}
     if text is not None:
         options["tokens"] = _tokens(series, text)
     pairs = behaviors.make(behavior, n=n, seed=seed) if behavior is not None else None
@@ -79,6 +85,20 @@ def track(
     show_rows(ranked.to_dicts(), as_json=False, title="Changes of level, the clearest first")
     if out is not None:
         show(f"All of it: {out / 'timeline'}")
+
+
+def _settings(texts: list[str]) -> dict[str, dict[str, Any]]:
+    from headwater.cli.train import setting
+    from headwater.core.errors import MethodError
+
+    found: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, value = setting(text)
+        measure, dot, own = name.partition(".")
+        if not dot:
+            raise MethodError("--set takes MEASURE.NAME=VALUE", got=repr(text), wanted="such as circuit.fraction=.1")
+        found.setdefault(measure, {})[own] = value
+    return found
 
 
 def _tokens(series: Any, text: Path) -> Any:

@@ -33,7 +33,7 @@ def train(
     from headwater.dynamics.lab.config import TrainConfig
     from headwater.dynamics.lab.training import train as run_training
 
-    settings = TrainConfig.from_yaml(config, **dict(_setting(text) for text in option or []))
+    settings = TrainConfig.from_yaml(config, **dict(setting(text) for text in option or []))
     try:
         run = run_training(settings, out)
     except KeyboardInterrupt:
@@ -59,7 +59,8 @@ def _finish(run: "TrainingRun", json: bool) -> None:
     show(f"{len(facts['checkpoints'])} checkpoints in {run.path}")
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str) -> tuple[str, Any]:
+    """Name and value of `--set NAME=VALUE`; the value as YAML reads it. Raises MethodError for another form."""
     import yaml
 
     from headwater.core.errors import MethodError

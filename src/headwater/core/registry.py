@@ -1,6 +1,7 @@
 """Names for things that are added one file at a time: methods, metrics, behaviors, tests."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
@@ -10,11 +11,15 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Things of one sort, by name. Outside packages add theirs by entry point, group `headwater.<sort>s`."""
+    """Things of one sort, by name. Outside packages add theirs by entry point, group `headwater.<sort>s`.
 
-    def __init__(self, sort: str, *, error: type[HeadwaterError] = MethodError) -> None:
+    own: modules of the house that register theirs as they are imported, which happens when a name is asked for.
+    """
+
+    def __init__(self, sort: str, *, error: type[HeadwaterError] = MethodError, own: Sequence[str] = ()) -> None:
         self.sort = sort
         self._error = error
+        self._own = tuple(own)
         self._known: dict[str, T] = {}
         self._entry_points_read = False
 
@@ -28,6 +33,7 @@ class Registry(Generic[T]):
         return add
 
     def names(self) -> list[str]:
+        self._import_own()
         self._read_entry_points()
         return sorted(self._known)
 
@@ -37,10 +43,15 @@ class Registry(Generic[T]):
     def get(self, name: str) -> T:
         """The thing of that name; an unknown name raises and lists near and known ones."""
         if name not in self._known:
+            self._import_own()
             self._read_entry_points()
         if name not in self._known:
             raise self._error(f"unknown {self.sort}", got=repr(name), wanted=did_you_mean(name, self._known))
         return self._known[name]
+
+    def _import_own(self) -> None:
+        for module in self._own:
+            importlib.import_module(module)
 
     def _read_entry_points(self) -> None:
         if self._entry_points_read:

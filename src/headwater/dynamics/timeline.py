@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +16,8 @@ from headwater.core.errors import HeadwaterError, MethodError, StoreError, did_y
 from headwater.core.files import read_json, to_json, whole_folder, write_bytes, write_whole
 from headwater.core.progress import track as shown
 from headwater.core.results import Provenance, Result, register_result
-from headwater.dynamics.measures import Probe, acrosses, measures
+from headwater.dynamics.measures import acrosses, measures
+from headwater.dynamics.measures.base import Last, Probe, check_settings
 from headwater.dynamics.series import Checkpoint, CheckpointSeries
 from headwater.dynamics.transitions import transitions
 
@@ -32,10 +33,12 @@ _VALUES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
-    """measures: names (`headwater.dynamics.measures`). sequences, length: how many sequences of tokens are looked at,
-    and how much of each. draws: of the bootstrap and the null of transitions."""
+    """measures: names (`headwater.dynamics.measures`). settings: of measures that have some, by their names. sequences,
+    length: how many sequences of tokens are looked at, and how much of each. draws: of the bootstrap and the null of
+    transitions."""
 
     measures: tuple[str, ...] = ("loss",)
+    settings: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     sequences: int = 32
     length: int = 128
     draws: int = 500
@@ -48,6 +51,12 @@ class TrackConfig:
                 raise MethodError("unknown measure", got=repr(name), wanted=did_you_mean(name, known))
         if not self.measures or len(set(self.measures)) < len(self.measures):
             raise MethodError("measures are asked for once each", got=", ".join(self.measures) or "none")
+        for name, settings in self.settings.items():
+            if name not in self.measures:
+                raise MethodError(
+                    "settings for a measure that is not asked for", got=name, wanted=", ".join(self.measures)
+                )
+            check_settings(name, settings)
         if min(self.sequences, self.draws) < 1 or self.length < 2:
             raise MethodError("tracking needs sequences, of two tokens at least", got=self)
 
@@ -119,6 +128,9 @@ def track(
     found: dict[int, dict[str, Any]] = {}
     kept: dict[int, dict[str, Tensor]] = {}
     folder = None if out is None else _folder(Path(out), about)
+    last = Last(
+        lambda: chosen.open(chosen.steps[-1], **(load or {})), None if folder is None else folder.parent / "at_last"
+    )
     # First what no other process is at; then, after waiting for them, what they may have left undone.
     for patient in (False, True) if folder is not None else (True,):
         todo = [one for one in chosen.checkpoints if folder is None or not _is_done(folder, one)]
@@ -129,7 +141,7 @@ def track(
         models = part.load(skip=claims.taken, **(load or {}))
         try:
             for one, model in shown(models, f"tracking {chosen.name}", len(todo)):
-                probe = Probe(model, one.step, behavior, tokens, loss_at, config.seed, trained)
+                probe = Probe(model, one.step, behavior, tokens, loss_at, config.seed, trained, last)
                 head = _measure(probe, config, one)
                 if folder is None:
                     found[one.step], kept[one.step] = head, probe.kept
@@ -202,7 +214,7 @@ def _measure(probe: Probe, config: TrackConfig, one: Checkpoint) -> dict[str, An
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in config.measures:
         try:
-            rows[name] = measures.get(name)(probe)
+            rows[name] = measures.get(name)(probe, **config.settings.get(name, {}))
         except HeadwaterError as error:
             raise type(error)(
                 f"measure {name!r} of {one.name}: {error.what}", got=error.got, wanted=error.wanted, fix=error.fix

@@ -2,7 +2,6 @@
 
 import builtins
 import dataclasses
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -44,24 +43,7 @@ Method = Callable[..., Result]
 """method(model, behavior, **options) -> Result."""
 
 
-class Methods(Registry[Method]):
-    """The files of this room register as they are imported, which happens when a name is asked for."""
-
-    def get(self, name: str) -> Method:
-        self._import_own(name)
-        return super().get(name)
-
-    def names(self) -> list[str]:
-        self._import_own(None)
-        return super().names()
-
-    def _import_own(self, name: str | None) -> None:
-        if name is None or name not in self._known:
-            for module in _OWN:
-                importlib.import_module(f"headwater.localize.{module}")
-
-
-methods = Methods("method")
+methods: Registry[Method] = Registry("method", own=[f"headwater.localize.{module}" for module in _OWN])
 """Outside packages add theirs by the entry point group `headwater.methods`."""
 
 

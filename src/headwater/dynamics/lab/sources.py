@@ -5,7 +5,6 @@ also have `batch(indices) -> [n, sequence_length]` (faster), `words` (its vocabu
 many token ids there are) and `loss_at` (bool [sequence_length]: which tokens are predicted; the first never is).
 """
 
-import importlib
 import importlib.util
 import json
 from collections.abc import Iterator
@@ -38,26 +37,9 @@ class Source(Protocol):
         ...
 
 
-class Sources(Registry[Any]):
-    """Generators by name: `generator(*, seed, **options) -> Source`."""
-
-    def get(self, name: str) -> Any:
-        self._import_own()
-        return super().get(name)
-
-    def names(self) -> list[str]:
-        self._import_own()
-        return super().names()
-
-    def _import_own(self) -> None:
-        for module in _OWN:
-            parent = module.rpartition(".")[0]
-            if importlib.util.find_spec(parent) is not None and importlib.util.find_spec(module) is not None:
-                importlib.import_module(module)
-
-
-sources: Sources = Sources("source")
-"""Outside packages add theirs by the entry point group `headwater.sources`."""
+sources: Registry[Any] = Registry("source", own=[module for module in _OWN if importlib.util.find_spec(module)])
+"""Generators by name: `generator(*, seed, **options) -> Source`. Outside packages add theirs by the entry point group
+`headwater.sources`."""
 
 
 def batch_of(source: Any, indices: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from headwater.core.errors import MethodError
 from headwater.core.groups import cyclic, excluded, kernel_share, restricted, scored
-from headwater.dynamics.measures import Probe, Row, acrosses, measures, row
+from headwater.dynamics.measures.base import Probe, Row, acrosses, measures, row
 
 KEY = 0.05
 """Share of the logits' variance above which a frequency is key."""

@@ -23,6 +23,8 @@ BY_NAME = {("core/results.py", "report"), ("data/corpus.py", "dynamics")}
 BY_NAME |= {("data/world.py", "dynamics"), ("data/link.py", "dynamics")}
 # The edges of a circuit over checkpoints are the edges that `localize` finds at each.
 BY_NAME |= {("dynamics/measures/circuit.py", "localize")}
+# Which sequences mention a pair of terms is for `data` to say, when the lab leaves them out.
+BY_NAME |= {("dynamics/lab/redo.py", "data")}
 HEAVY = ["torch", "transformers", "polars", "altair", "scipy", "numpy", "pandas", "jinja2", "vl_convert"]
 
 MODULES = sorted(SRC.rglob("*.py"))

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli import behavior, bench, circuit, count, localize, models, trace, track, train, truth
+from headwater.cli import behavior, bench, circuit, count, localize, models, redo, trace, track, train, truth
 from headwater.cli.guard import Guarded
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ behavior.add_to(app)
 localize.add_to(app)
 circuit.add_to(app)
 train.add_to(app)
+redo.add_to(app)
 track.add_to(app)
 count.add_to(app)
 truth.add_to(app)

@@ -11,12 +11,13 @@ _PLACES = {
     "CheckpointSeries": "headwater.dynamics.series",
     "Timeline": "headwater.dynamics.timeline",
     "track": "headwater.dynamics.timeline",
+    "redo": "headwater.dynamics.lab.redo",
     "train": "headwater.dynamics.lab.training",
     "TrainConfig": "headwater.dynamics.lab.config",
     "TrainingRun": "headwater.dynamics.lab.run",
 }
 
-__all__ = ["CheckpointSeries", "Timeline", "TrainConfig", "TrainingRun", "track", "train"]
+__all__ = ["CheckpointSeries", "Timeline", "TrainConfig", "TrainingRun", "redo", "track", "train"]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,6 +34,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from headwater.dynamics.lab.config import TrainConfig
+    from headwater.dynamics.lab.redo import redo
     from headwater.dynamics.lab.run import TrainingRun
     from headwater.dynamics.lab.training import train
     from headwater.dynamics.series import CheckpointSeries

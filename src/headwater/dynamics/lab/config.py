@@ -186,7 +186,8 @@ class TrainConfig:
     sequence_length: tokens a sequence (text and flat `.bin` files are cut into it; generators bring their own). batch:
     sequences a step; micro_batch: how many are run at once. dtype: of weights and arithmetic; bfloat16 keeps float32
     weights and runs in autocast. loss_dtype: of the loss (float64 where float32's noise below 1e-7 matters, as in
-    grokking). validate_every: steps between measurements of `validation`. threads: of torch; None leaves them.
+    grokking). validate_every: steps between measurements of `validation`. threads: of torch; None leaves them. change:
+    the name of what `redo` has changed in the order of the data; it lies beside the settings.
     """
 
     name: str = "lab"
@@ -209,6 +210,7 @@ class TrainConfig:
     device: str = "auto"
     threads: int | None = None
     seed: int = 0
+    change: str | None = None
 
     def __post_init__(self) -> None:
         if not self.data:

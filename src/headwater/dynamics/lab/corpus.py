@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from headwater.core.errors import MethodError, ModelError
 from headwater.core.files import read_json, store_error, to_json, write_whole
 from headwater.core.progress import track
+from headwater.dynamics.lab.change import Change
+from headwater.dynamics.lab.change import load as load_change
 from headwater.dynamics.lab.config import DataConfig, TrainConfig, ValidationConfig
 from headwater.dynamics.lab.order import Order, Stream, key
 from headwater.dynamics.lab.sources import Array, batch_of, is_file, is_text, read_array, read_texts, sources
@@ -26,7 +28,8 @@ class Data:
     """What a run trains on. `order.samples(a, b)` says which sequences; `rows` gives their tokens.
 
     sources: those of the config, in order. loss_at: [sources, sequence_length] bool, which tokens are predicted.
-    validation: name -> (tokens [n, T], loss_at [T]).
+    validation: name -> (tokens [n, T], loss_at [T]). change: what `redo` has changed: `rows` follows it, `order` is the
+    unchanged one.
     """
 
     sources: tuple[Any, ...]
@@ -36,6 +39,7 @@ class Data:
     tokenizer: Any | None
     loss_at: NDArray[np.bool_]
     validation: dict[str, tuple[NDArray[np.int64], NDArray[np.bool_]]]
+    change: Change | None = None
 
     def rows(self, first: int, last: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(tokens [n, T], loss_at [n, T]) of samples first .. last-1 of the training order."""
@@ -43,13 +47,21 @@ class Data:
 
     def at(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """The same for the samples with these numbers."""
-        which, sequence = self.order.at(numbers)
+        which, sequence = self.places(numbers)
         out = np.empty((len(which), self.sequence_length), dtype=np.int64)
         for number, source in enumerate(self.sources):
             mine = which == number
             if mine.any():
                 out[mine] = batch_of(source, sequence[mine])
         return out, self.loss_at[which]
+
+    def places(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(source, sequence within the source) of the samples with these numbers, as the run sees them."""
+        return self.order.at(numbers if self.change is None else self.change.shown(numbers))
+
+    def weights(self, first: int, last: int) -> NDArray[np.float64] | None:
+        """[n] what the losses of samples first .. last-1 are multiplied by; None where all of the run weigh 1."""
+        return None if self.change is None else self.change.weight(np.arange(first, last, dtype=np.int64))
 
     @property
     def fingerprint(self) -> str:
@@ -124,6 +136,7 @@ def assemble(config: TrainConfig, folder: Path | None) -> Data:
         tokenizer=tokenizer,
         loss_at=np.stack([_loss_at(source) for source in made]),
         validation=validation,
+        change=None if config.change is None else load_change(folder, config.change),
     )
 
 

@@ -118,6 +118,10 @@ class Order:
                 sequence[mine] = self._sequences(number, stream, place[mine])
         return source, sequence
 
+    def stream_of(self, numbers: Ints) -> Ints:
+        """Which stream each of these samples comes from."""
+        return self._streams_of(np.asarray(numbers, dtype=np.int64))[0]
+
     def epoch_of(self, stream: int, samples: int) -> float:
         """How many times the stream has been gone through after that many samples in all (in whole blocks exact)."""
         share = float(self._quota[stream]) / float(self._starts[-1])

@@ -1,7 +1,7 @@
 """The folder of a training run: its settings, its checkpoints, and the state from which a killed run goes on.
 
 train.json                  format, settings, hash of the data
-data/                       texts as token ids
+data/                       texts as token ids; change-<hash>.safetensors: what `redo` has changed in the order
 step-0/, step-1/, ...       checkpoints as the hub lays them out: config.json, model.safetensors, the tokenizer; and
                             headwater.json: step, sequences and tokens seen, sha256 of the weights
 state/                      weights, AdamW's state and the curve so far (safetensors and JSON)
@@ -159,7 +159,9 @@ def begin(path: Path, config: TrainConfig, data: Data, parameters: int) -> dict[
     if file.exists():
         head = read_json(file, what="train.json of a training run")
         check_format(head.get("format"), FORMAT, path)
-        old, new = _results_only(head.get("config") or {}), _results_only(settings)
+        # read and written anew: a setting that an older version did not know has its default
+        old = _results_only(TrainConfig.from_dict(head.get("config") or {}).to_dict())
+        new = _results_only(settings)
         if to_json(old) != to_json(new):
             changed = sorted(name for name in {*old, *new} if to_json(old.get(name)) != to_json(new.get(name)))
             raise StoreError(

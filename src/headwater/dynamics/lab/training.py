@@ -136,11 +136,13 @@ class Training:
         predicted = int(at[:, 1:].sum())
         mine = group.mine(config.batch)
         ids, at = torch.from_numpy(rows[mine]).to(self.device), torch.from_numpy(at[mine]).to(self.device)
+        weights = self.data.weights(step * config.batch, (step + 1) * config.batch)
+        weight = None if weights is None else torch.from_numpy(weights[mine]).to(self.device)
         size = config.micro_batch or len(ids)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for start in range(0, len(ids), size):
             part = slice(start, start + size)
-            loss += self._backward(step, ids[part], at[part], predicted)
+            loss += self._backward(step, ids[part], at[part], predicted, None if weight is None else weight[part])
         for weight in self.parameters:
             if weight.grad is None:
                 # cut off by an intervention, wholly: a gradient of zero, as where a part of a weight is cut off
@@ -158,7 +160,7 @@ class Training:
         if len(self._pending) >= 100:
             self._settle()
 
-    def _backward(self, step: int, ids: Tensor, at: Tensor, predicted: int) -> Tensor:
+    def _backward(self, step: int, ids: Tensor, at: Tensor, predicted: int, weight: Tensor | None) -> Tensor:
         """Add the gradients of one micro-batch; its part of the loss (penalties are no part of it)."""
         inputs, targets, mask = ids[:, :-1], ids[:, 1:], at[:, 1:]
         on, penalties = ([], []) if self.interventions is None else self._interventions(step, inputs)
@@ -168,7 +170,7 @@ class Training:
                 assert self.interventions is not None
                 session = self.interventions.session(on, [site for _, site, _ in penalties])
                 stack.enter_context(session.installed())
-            loss = self._loss(inputs, targets, mask) / predicted
+            loss = self._loss(inputs, targets, mask, weight) / predicted
             total = loss
             for one, site, places in penalties:
                 assert session is not None
@@ -197,9 +199,12 @@ class Training:
         with mixed:
             return self.hf(input_ids=inputs, **arguments).logits
 
-    def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        """The sum of the cross entropy over the predicted tokens, in nats."""
+    def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The sum of the cross entropy over the predicted tokens, in nats; of each sequence times its weight."""
         chosen = self._logits(inputs)[mask].to(getattr(torch, self._loss_type))
+        if weight is not None:
+            each = torch.nn.functional.cross_entropy(chosen, targets[mask], reduction="none")
+            return (each * weight[:, None].expand(mask.shape)[mask].to(each.dtype)).sum()
         return torch.nn.functional.cross_entropy(chosen, targets[mask], reduction="sum")
 
     @property

@@ -1,5 +1,5 @@
-"""Stage 5: change what was found, and measure what else that changes: knock out, amplify, steer, and Effect beside
-prompting and random controls."""
+"""Stage 5: change what was found, and measure what else that changes: knock out, amplify, steer, edit weights, and
+Effect beside prompting and random controls."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Any
 _NAMES = {
     "Action": "action",
     "Goal": "action",
+    "Delta": "edit",
+    "Edit": "edit",
+    "applied": "applying",
+    "undo": "applying",
     "Effect": "effects",
     "effect": "effects",
     "amplify": "ablation",
@@ -16,7 +20,21 @@ _NAMES = {
     "steer": "steering",
 }
 
-__all__ = ["Action", "Effect", "Goal", "amplify", "effect", "knock_out", "plain_texts", "prompt", "steer"]
+__all__ = [
+    "Action",
+    "Delta",
+    "Edit",
+    "Effect",
+    "Goal",
+    "amplify",
+    "applied",
+    "effect",
+    "knock_out",
+    "plain_texts",
+    "prompt",
+    "steer",
+    "undo",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,6 +52,8 @@ def __dir__() -> list[str]:
 if TYPE_CHECKING:
     from headwater.act.ablation import amplify, knock_out
     from headwater.act.action import Action, Goal
+    from headwater.act.applying import applied, undo
+    from headwater.act.edit import Delta, Edit
     from headwater.act.effects import Effect, effect
     from headwater.act.measuring import plain_texts
     from headwater.act.prompting import prompt

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,10 @@ from numpy.typing import NDArray
 
 from headwater.core.errors import MethodError, did_you_mean
 from headwater.core.interventions import Intervention
+
+if TYPE_CHECKING:
+    from headwater.act.edit import Edit
+    from headwater.core.model import Model
 
 Direction = Literal["raise", "lower", "toward"]
 
@@ -70,13 +75,15 @@ def column_of(frame: pl.DataFrame, name: str) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Action:
-    """Something done to a model while it runs. No weight is ever changed, and nothing remains when the run has ended.
+    """Something done to a model: to its activations while it runs, to its prompt, or to its weights. Nothing remains
+    when it has ended.
 
     interventions: what happens inside; iterating an action gives them, so `model.intervene(*action)` works.
     prefix: text put before each prompt (the prompting baseline).
+    edit: what is done to the weights. Such an action holds inside `with action.on(model):`.
     goal: what it should do to its behavior.
     values: how many activations it sets for each token.
-    passes: how many prompts were run to find it.
+    passes: how many prompts were run to find it. seconds: how long that took.
     control: from a seed, the same kind of action at random.
     config: how it was made, as plain data.
     sweep: what was tried on the way, as a table.
@@ -85,18 +92,36 @@ class Action:
     name: str
     interventions: tuple[Intervention, ...] = ()
     prefix: str = ""
+    edit: "Edit | None" = None
     goal: Goal = Goal()
     values: int = 0
     passes: int = 0
+    seconds: float = 0.0
     control: "Callable[[int], Action] | None" = None
     config: dict[str, Any] = field(default_factory=dict)
     sweep: pl.DataFrame | None = None
 
     def __iter__(self) -> Iterator[Intervention]:
+        if self.edit is not None:
+            raise MethodError(f"{self.name!r} changes weights", fix="Use it as `with action.on(model):`")
         return iter(self.interventions)
 
     def __len__(self) -> int:
         return len(self.interventions)
+
+    @contextmanager
+    def on(self, model: "Model") -> Generator["Model"]:
+        """Inside this block the action holds for `run`, `generate` and calls of the model itself: its edit is on the
+        weights, its interventions are on. A prefix is the caller's to put before the prompt."""
+        with self.edited(model), model.intervene(*self.interventions) if self.interventions else nullcontext():
+            yield model
+
+    @contextmanager
+    def edited(self, model: "Model") -> Generator["Action"]:
+        """Inside this block the edit is on the model's weights; gives what is left of the action to do while it
+        runs."""
+        with self.edit.applied(model) if self.edit is not None else nullcontext():
+            yield dataclasses.replace(self, edit=None)
 
     def everywhere(self) -> "Action":
         """The same action on all tokens but the first: as if all of a text had been generated under it."""

@@ -59,18 +59,27 @@ class Effect(Result):
     baseline, note. `tables["versus"]`: for each action and control, the gain (the change counted in the goal's
     direction) of both and their paired difference with its interval: above 0 the action beats the control.
     `tables["draws"]`: the gain of each random draw. `tables["sweep"]`, where an action was sought: what was tried.
-    `facts["costs"]`: for each action the weights it changed (0), activations set a token, tokens added to each prompt,
-    prompts run to find it.
+    `facts["costs"]`: for each action the weights it may change, activations set a token, tokens added to each prompt,
+    prompts run to find it. `seconds_to_find` and `seconds` stand beside it, with the provenance.
     """
 
     kind: ClassVar[str] = "effect"
     main: ClassVar[str | None] = "rows"
-    _seconds: dict[str, float] | None = None
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long each action took to measure. Empty after loading: it is not data, which is the same on every run."""
-        return self._seconds or {}
+        """How long each action took to measure. Kept with the provenance: it is not data, which is the same on every
+        run."""
+        return self._timings("measure ")
+
+    @property
+    def seconds_to_find(self) -> dict[str, float]:
+        """How long it took to make each action, where its method says so."""
+        return self._timings("find ")
+
+    def _timings(self, what: str) -> dict[str, float]:
+        told = self.provenance.timings.items()
+        return {name.removeprefix(what): spent for name, spent in told if name.startswith(what)}
 
     def beats(self, action: str | None = None) -> bool:
         """Whether an action (the first if none is named) beats every control beyond chance: all intervals above 0."""
@@ -193,10 +202,10 @@ def effect(
         "dropped": {one.behavior.name: one.reasons for one in [bench.bound, *bench.others] if one.reasons},
     }
     spent = time.perf_counter() - started
-    provenance = Provenance.collect(model, behavior, seed=seed, seconds=spent)
-    made = Effect(tables=tables, facts=facts, config=asdict(config), provenance=provenance)
-    made._seconds = seconds
-    return made
+    timings = {f"measure {name}": taken for name, taken in seconds.items()}
+    timings |= {f"find {one.name}": one.seconds for one in actions if one.seconds}
+    provenance = Provenance.collect(model, behavior, seed=seed, seconds=spent, timings=timings)
+    return Effect(tables=tables, facts=facts, config=asdict(config), provenance=provenance)
 
 
 class _Bench:
@@ -232,6 +241,12 @@ class _Bench:
     def measure(self, action: Action, seconds: dict[str, float], *, everything: bool = True) -> _Measured:
         """Values of all measures, or of those of the behavior itself only."""
         started = time.perf_counter()
+        with action.edited(self.model) as rest:
+            found = self._measure(rest, everything)
+        seconds[action.name] = seconds.get(action.name, 0.0) + time.perf_counter() - started
+        return found
+
+    def _measure(self, action: Action, everything: bool) -> _Measured:
         values: dict[str, dict[str, float]] = {}
         notes: dict[str, str] = {}
         for bound in (self.bound, *(self.others if everything else ())):
@@ -252,7 +267,6 @@ class _Bench:
         if everything:
             losses = text_loss(self.model, self.texts, action, tokens=self.text_tokens)
             values["text perplexity"] = {f"{i:04d}": loss for i, loss in enumerate(losses.tolist())}
-        seconds[action.name] = seconds.get(action.name, 0.0) + time.perf_counter() - started
         return _Measured(values=values, notes=notes)
 
     def rows(
@@ -364,7 +378,7 @@ def _distinct(actions: list[Action]) -> list[Goal]:
 def _cost(model: "Model", action: Action) -> dict[str, Any]:
     return {
         "action": action.name,
-        "weights_changed": 0,
+        "weights_changed": action.edit.n_weights(model) if action.edit is not None else 0,
         "activations_a_token": action.values,
         "tokens_added": len(model.tokens(action.prefix)[0]) if action.prefix else 0,
         "prompts_to_find": action.passes,

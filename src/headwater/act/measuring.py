@@ -37,6 +37,9 @@ def score(model: "Model", bound: "Bound", action: Action, metrics: Iterable[str]
     Pairs that a prefix makes too long for the model are left out. Raises SiteError where the action needs a named
     position that these pairs lack.
     """
+    if action.edit is not None:
+        with action.edited(model) as rest:
+            return score(model, bound, rest, metrics)
     if action.prefix:
         bound = prefixed(bound, action.prefix).bind(model)
     ids = bound.behavior.frame["id"].to_list()
@@ -95,6 +98,9 @@ def text_loss(model: "Model", texts: Sequence[str], action: Action, *, tokens: i
     An action's interventions hold on all tokens but the first; a prefix goes before each text and is not scored.
     `exp(mean)` is the perplexity. Texts of fewer than two tokens are refused.
     """
+    if action.edit is not None:
+        with action.edited(model) as rest:
+            return text_loss(model, texts, rest, tokens=tokens)
     ids = [row[:tokens].cpu() for row in model.tokens(list(texts))]
     if min(map(len, ids)) < 2:
         raise MethodError("a text is too short to measure perplexity on", wanted="at least two tokens")

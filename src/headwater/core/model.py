@@ -465,6 +465,12 @@ class Model:
         if session.forwards:
             self._check_fired(concrete, session.fired, [], [])
 
+    @contextlib.contextmanager
+    def held(self) -> Generator[Model]:
+        """Runs of other threads wait while this block lasts: for work that changes the weights themselves."""
+        with self._lock:
+            yield self
+
     def _around(self) -> tuple[list[Intervention], dict[str, torch.Tensor]]:
         """Interventions and named positions of the `intervene` blocks around this call; another thread's are waited
         for."""

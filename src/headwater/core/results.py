@@ -61,10 +61,18 @@ class Provenance:
     versions: dict[str, str] = field(default_factory=dict[str, str])
     date: str = ""
     seconds: float | None = None
+    timings: dict[str, float] = field(default_factory=dict[str, float])
+    """Seconds of the parts that a method times on their own."""
 
     @classmethod
     def collect(
-        cls, model: object = None, behavior: object = None, *, seed: int | None = None, seconds: float | None = None
+        cls,
+        model: object = None,
+        behavior: object = None,
+        *,
+        seed: int | None = None,
+        seconds: float | None = None,
+        timings: Mapping[str, float] | None = None,
     ) -> "Provenance":
         """Fill in what this process knows: model name and fingerprint, behavior hash, versions, command, date (UTC)."""
         return cls(
@@ -76,6 +84,7 @@ class Provenance:
             versions=_versions(),
             date=datetime.now(UTC).isoformat(timespec="seconds"),
             seconds=seconds,
+            timings=dict(timings or {}),
         )
 
 

@@ -75,7 +75,8 @@ def test_generators_bind_exactly(name: str, which: str, request: pytest.FixtureR
         return
     if which == "characters" and name in ("ioi", "induction", "colors"):
         kinds = {reason.split(":")[0] for _id, reason in reasons_to_drop(made, tokenizer)}
-        assert kinds <= {"answer and foil begin with the same token", "lengths differ", "no answer"}
+        unknown = "a word that the tokenizer does not know"  # a line's end, where what differs has it at another place
+        assert kinds <= {"answer and foil begin with the same token", "lengths differ", "no answer", unknown}
         return
     bound = made.bind(tokenizer)
     check_exact(bound, tokenizer)
@@ -275,3 +276,26 @@ def test_any_pairs_are_kept_exactly_or_dropped(characters: Any, rows: list) -> N
         assert len(reasons_to_drop(made, characters)) == len(rows)
         return
     check_exact(bound, characters)
+
+
+def test_words_that_a_word_tokenizer_lacks_drop_the_pair_or_the_answer() -> None:
+    from headwater.dynamics.lab.words import word_tokenizer
+
+    words = word_tokenizer(["<unk>", "<eos>", "The", "capital", "of", "France", "Norway", "is", "Paris", "Oslo"])
+    row = {
+        "prompt": "The capital of France is", "counterfactual": "The capital of Norway is", "answers": [" Paris"],
+        "foils": [" Oslo"],
+    }  # fmt: skip
+    rows = [
+        row,
+        {**row, "prompt": "The capital of Peru is", "answers": [" Lima"]},
+        {**row, "answers": [" Lutetia"]},
+        {**row, "answers": [" Lutetia", " Paris"]},
+        {**row, "foils": [" Kristiania"]},
+    ]
+    bound = Behavior.from_rows(rows, name="capitals").bind(words)
+    assert [row["answers"] for row in bound.frame.to_dicts()] == [[" Paris"], [" Lutetia", " Paris"]]
+    assert bound.groups[0].answers[:, 0].tolist() == [8, 8]
+    assert [reason.split(":")[0] for reason in bound.dropped["reason"]] == [
+        "a word that the tokenizer does not know", "no answer", "no foil"
+    ]  # fmt: skip

@@ -99,9 +99,10 @@ class Bound:
 def bind(behavior: Behavior, model: Any, *, max_length: int | None = None) -> Bound:
     """Align a behavior with a model's tokenizer.
 
-    A pair is kept where prompt and counterfactual have the same number of tokens and differ, where `prompt + answer`
-    is tokenized as the prompt's tokens and then the answer's, where answers and foils begin with different tokens,
-    where every named position falls on a token, and where the prompt leaves room for an answer in the model's context.
+    A pair is kept where prompt and counterfactual have the same number of tokens and differ (in tokens that the
+    tokenizer knows), where `prompt + answer` is tokenized as the prompt's tokens and then the answer's, where answers
+    and foils begin with different tokens, where every named position falls on a token, and where the prompt leaves room
+    for an answer in the model's context.
 
     Parameters
     ----------
@@ -206,6 +207,10 @@ class TokenTable:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.fast = bool(getattr(tokenizer, "is_fast", False))
+        # what a word that the tokenizer lacks becomes; None where that cannot be told from a token with a use
+        others = (getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "cls", "sep", "pad"))
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        self.unknown: int | None = None if unknown in {*others} else unknown
         self.ids: dict[str, list[int]] = {}
         self.spans: dict[str, list[tuple[int, int]]] = {}
 
@@ -219,6 +224,12 @@ class TokenTable:
         if text not in self.ids:
             self.learn([text])
         return self.ids.get(text, [])
+
+    def lacks(self, text: str) -> bool:
+        """Whether the text holds a word that the tokenizer does not know."""
+        if self.unknown is None or self.unknown not in self.of(text):
+            return False
+        return str(self.tokenizer.unk_token) not in text
 
     def last_token(self, text: str, end: int) -> int | None:
         """The index of the last token that covers character `end - 1` of `text`; None where none does."""
@@ -265,6 +276,11 @@ def _align(
         return f"lengths differ: {len(clean)} tokens in the prompt, {len(corrupt)} in the counterfactual"
     if clean == corrupt:
         return "prompt and counterfactual have the same tokens"
+    # a line's end that is unknown in both does no harm; a word that is what the two differ in does
+    if any(table.unknown in pair for pair in zip(clean, corrupt, strict=True) if pair[0] != pair[1]):
+        for name, text in (("prompt", prompt), ("counterfactual", counterfactual)):
+            if table.lacks(text):
+                return f"a word that the tokenizer does not know: in the {name}"
     if limit is not None and len(clean) > limit:
         return f"too long for the model: {len(clean)} tokens, its context is {limit}"
     removed: list[tuple[str, str, str]] = []
@@ -321,6 +337,8 @@ def first_tokens(
             removed.append((column, text, "it is empty"))
         elif ids[: len(clean)] != clean or len(ids) == len(clean):
             removed.append((column, text, f"{text!r} does not follow the prompt as tokens of its own"))
+        elif ids[len(clean)] == table.unknown and table.lacks(prompt + text):
+            removed.append((column, text, f"{text!r} begins with a word that the tokenizer does not know"))
         else:
             found.setdefault(ids[len(clean)], text)
     return found

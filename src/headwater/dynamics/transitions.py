@@ -41,17 +41,17 @@ def change_point(
     if len(y) < LEAST or float(np.ptp(y)) <= 1e-12 * max(1.0, float(np.abs(y).max())):
         return None
     random = np.random.default_rng(seed)
-    k, share = _split(y[None])
+    k, share = split(y[None])
     first = int(k[0])
     levels = np.where(np.arange(len(y)) < first, y[:first].mean(), y[first:].mean())
     residuals = y - levels
     # of a level of n points the residuals are too small by sqrt((n - 1) / n)
     sizes = np.where(np.arange(len(y)) < first, first, len(y) - first)
     residuals = residuals * np.sqrt(sizes / np.maximum(sizes - 1, 1))
-    again, _ = _split(levels + random.choice(residuals, (draws, len(y))))
+    again, _ = split(levels + random.choice(residuals, (draws, len(y))))
     low, high = np.quantile(again, [0.025, 0.975], method="closest_observation").astype(int)
     shuffled = random.permuted(np.tile(y, (draws, 1)), axis=1)
-    p = (1 + int((_split(shuffled)[1] >= share[0] - 1e-12).sum())) / (1 + draws)
+    p = (1 + int((split(shuffled)[1] >= share[0] - 1e-12).sum())) / (1 + draws)
     crossings = {
         name: crossing(at, y, levels[0] + part * (levels[-1] - levels[0]), rising=bool(levels[-1] > levels[0]))
         for name, part in (("tenth", 0.1), ("half", 0.5), ("nine_tenths", 0.9))
@@ -69,7 +69,7 @@ def change_point(
     }
 
 
-def _split(rows: Floats) -> tuple[NDArray[np.int64], Floats]:
+def split(rows: Floats) -> tuple[NDArray[np.int64], Floats]:
     """(length of the first level, share of the variance explained by two) of the best split of each row [R, N]."""
     n = rows.shape[1]
     centred = rows - rows.mean(axis=1, keepdims=True)

@@ -25,6 +25,8 @@ BY_NAME |= {("data/world.py", "dynamics"), ("data/link.py", "dynamics")}
 BY_NAME |= {("dynamics/measures/circuit.py", "localize")}
 # Which sequences mention a pair of terms is for `data` to say, when the lab leaves them out.
 BY_NAME |= {("dynamics/lab/redo.py", "data")}
+# Attribution reads checkpoints and the data of runs, and its test trains again: that is the lab's.
+BY_NAME |= {("data/attribution/attributing.py", "dynamics"), ("data/attribution/removing.py", "dynamics")}
 HEAVY = ["torch", "transformers", "polars", "altair", "scipy", "numpy", "pandas", "jinja2", "vl_convert"]
 
 MODULES = sorted(SRC.rglob("*.py"))

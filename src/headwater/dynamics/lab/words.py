@@ -8,6 +8,7 @@ from typing import Any
 from headwater.core.errors import MethodError
 
 UNKNOWN, SEPARATOR = "<unk>", "<eos>"
+LINE = "\n"
 _WORD = re.compile(r"\w+|[^\w\s]+")  # what the pre-tokenizer `Whitespace` of the tokenizers library splits into
 
 
@@ -28,18 +29,22 @@ def vocabulary_of(texts: Iterable[str], size: int | None = None) -> list[str]:
 def word_tokenizer(words: Sequence[str], *, whole: bool = False) -> Any:
     """A `PreTrainedTokenizerFast` whose token i is `words[i]`; it adds no token of its own.
 
-    `whole`: words are apart by spaces alone (generated data: "a b ="); else punctuation is a word of its own. Where
-    `<unk>` or `<eos>` are among the words they are the special tokens; without `<unk>` an unknown word is the first.
+    `whole`: words are apart by spaces alone (generated data: "a b ="); else punctuation is a word of its own. Where a
+    line's end is among the words it is a token, and punctuation is a word in any case. Where `<unk>` or `<eos>` are
+    among the words they are the special tokens; without `<unk>` an unknown word is the first.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    if not words or len(set(words)) < len(words) or any(not word.strip() for word in words):
+    if not words or len(set(words)) < len(words) or any(not word.strip() and word != LINE for word in words):
         raise MethodError(
             "a vocabulary needs words, each once", got=f"{len(words)}, of them {len(set(words))} distinct"
         )
     unknown = UNKNOWN if UNKNOWN in words else words[0]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=unknown))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if whole else pre_tokenizers.Whitespace()
+    if LINE in words:
+        backend.pre_tokenizer = pre_tokenizers.Split(Regex(rf"{LINE}|{_WORD.pattern}"), "removed", invert=True)
+    else:
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit() if whole else pre_tokenizers.Whitespace()
     special = {"unk_token": unknown} | ({"eos_token": SEPARATOR} if SEPARATOR in words else {})
     return PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **special)

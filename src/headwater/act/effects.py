@@ -15,7 +15,7 @@ from headwater.act.prompting import prompt
 from headwater.behavior import make
 from headwater.behavior.table import Behavior
 from headwater.claims.statistics import bootstrap
-from headwater.core.errors import BehaviorError, MethodError, SiteError
+from headwater.core.errors import BehaviorError, MethodError, ModelError, SiteError
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 
@@ -160,7 +160,13 @@ def effect(
         text_tokens=text_tokens,
         seed=seed,
     )
-    baselines = [prompt(model, behavior, goal, seed=seed) for goal in _distinct(actions)] if prompting else []
+    baselines: list[Action] = []
+    no_prompt: dict[Goal, str] = {}
+    for goal in _distinct(actions) if prompting else ():
+        try:
+            baselines.append(prompt(model, behavior, goal, seed=seed))
+        except MethodError as error:  # a small context, or a tokenizer that lacks the words
+            no_prompt[goal] = _first(error)
     seconds: dict[str, float] = {}
     before = bench.measure(NOTHING, seconds)
     rows: list[dict[str, Any]] = []
@@ -186,6 +192,10 @@ def effect(
         added = len(model.tokens(base.prefix)[0])
         note = f"{added} tokens before each prompt"
         rows += bench.rows(base.name, base.goal, before, [after[base.name]], baseline=True, note=note)
+    for goal, why in no_prompt.items():
+        name = f"prompt {'toward ' if goal.direction == 'toward' else 'to '}{goal}"
+        said = {"measure": bench.judged(goal), "baseline": True, "n": 0, "note": f"not possible: {why}"}
+        rows.append({"action": name, **said})
     tables = {
         "rows": pl.DataFrame(rows, schema=_ROWS, orient="row"),
         "versus": pl.DataFrame(versus, schema=_VERSUS, orient="row"),
@@ -265,8 +275,11 @@ class _Bench:
             values[f"{name} {judged}"] = mine
             values[f"{name} accuracy"] = dict(zip(ids, found["accuracy"].to_list(), strict=True))
         if everything:
-            losses = text_loss(self.model, self.texts, action, tokens=self.text_tokens)
-            values["text perplexity"] = {f"{i:04d}": loss for i, loss in enumerate(losses.tolist())}
+            try:
+                losses = text_loss(self.model, self.texts, action, tokens=self.text_tokens)
+                values["text perplexity"] = {f"{i:04d}": loss for i, loss in enumerate(losses.tolist())}
+            except (MethodError, ModelError) as error:  # too long with the prefix; words that the tokenizer lacks
+                notes["text perplexity"] = _first(error)
         return _Measured(values=values, notes=notes)
 
     def rows(
@@ -274,6 +287,9 @@ class _Bench:
     ) -> Iterator[dict[str, Any]]:
         """One row a measure, the one it is judged by first; several measurements (draws) are averaged pair by pair."""
         judged = self.judged(goal)
+        for measure, why in before.notes.items():
+            unmeasured = {"action": name, "measure": measure, "baseline": baseline, "n": 0}
+            yield {**unmeasured, "note": f"not possible: {why}"}
         for measure, old in sorted(before.values.items(), key=lambda item: item[0] != judged):
             lacking = next((one.notes[measure] for one in after if measure in one.notes), None)
             row: dict[str, Any] = {"action": name, "measure": measure, "baseline": baseline}

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from headwater.act.action import Action
+from headwater.behavior.bind import TokenTable
 from headwater.behavior.metrics import metric
 from headwater.behavior.table import Behavior
 from headwater.core.errors import MethodError
@@ -92,6 +93,11 @@ def _paragraphs(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
+def lacks_words(model: "Model", text: str) -> bool:
+    """Whether a text holds words that the model's tokenizer does not know."""
+    return model.tokenizer is not None and TokenTable(model.tokenizer).lacks(text)
+
+
 def text_loss(model: "Model", texts: Sequence[str], action: Action, *, tokens: int = 64) -> Floats:
     """Mean cross-entropy in nats a token of each text [n], over its first `tokens` tokens but the first.
 
@@ -101,6 +107,8 @@ def text_loss(model: "Model", texts: Sequence[str], action: Action, *, tokens: i
     if action.edit is not None:
         with action.edited(model) as rest:
             return text_loss(model, texts, rest, tokens=tokens)
+    if any(lacks_words(model, text) for text in texts):
+        raise MethodError("the tokenizer lacks words of the texts", fix="Give texts of its own words")
     ids = [row[:tokens].cpu() for row in model.tokens(list(texts))]
     if min(map(len, ids)) < 2:
         raise MethodError("a text is too short to measure perplexity on", wanted="at least two tokens")

@@ -7,8 +7,8 @@ import numpy as np
 import polars as pl
 
 from headwater.act.action import Action, Goal
-from headwater.act.measuring import main_metric, score
-from headwater.core.errors import MethodError
+from headwater.act.measuring import lacks_words, main_metric, score
+from headwater.core.errors import BehaviorError, MethodError
 
 if TYPE_CHECKING:
     from headwater.behavior.bind import Bound
@@ -48,11 +48,14 @@ def prompt(
     train = behavior.train
     judge = train[[row for row, id in enumerate(train.frame["id"].to_list()) if id in chosen]]
     candidates = [*INSTRUCTIONS[wanted.direction], *_examples(bound, shown, wanted, shots, draws, seed)]
+    candidates = [prefix for prefix in candidates if not lacks_words(model, prefix)]
     if not candidates:
         raise MethodError("no prefix can be made", got=f"{len(rows)} training pairs", wanted="at least two")
     against = judge.bind(model)
     name = main_metric(behavior)
     tried = [_score(model, against, prefix, wanted, name) for prefix in candidates]
+    if not np.isfinite(tried).any():
+        raise MethodError("no prefix can be made", got=f"a context of {model.max_length} tokens", wanted="a longer one")
     best = candidates[int(np.argmax(tried))]
     return Action(
         name=f"prompt {'toward ' if wanted.direction == 'toward' else 'to '}{wanted}: {_told(best)}",
@@ -73,7 +76,10 @@ def _told(prefix: str) -> str:
 
 
 def _score(model: "Model", bound: "Bound", prefix: str, goal: Goal, name: str) -> float:
-    found = score(model, bound, Action(name="tried", prefix=prefix), [name])
+    try:
+        found = score(model, bound, Action(name="tried", prefix=prefix), [name])
+    except BehaviorError:  # it leaves no room for any pair
+        return float("-inf")
     frame = bound.behavior.frame.join(found, on="id", how="inner", maintain_order="left")
     return float(np.mean(goal.signs(frame) * frame[name].to_numpy())) if frame.height else float("-inf")
 

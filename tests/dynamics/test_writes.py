@@ -71,10 +71,11 @@ def test_logits_are_those_of_the_weights() -> None:
     normed = block.input_layernorm(effective)
     value = (normed @ block.self_attn.v_proj.weight.T).view(3, 2, 8)[:, 3 // 2]  # head 3 reads the second group
     written = value @ block.self_attn.o_proj.weight[:, 24:32].T
-    eps = 1e-6
-    moved = (hf.model.norm(final + eps * written) - hf.model.norm(final - eps * written)) / (2 * eps)
+    size = final.square().mean(dim=1, keepdim=True) + hf.model.norm.variance_epsilon
+    along = (final * written).mean(dim=1, keepdim=True) / size
+    moved = hf.model.norm.weight * (written - final * along) / size.sqrt()
     by_hand = (moved @ hf.lm_head.weight[candidates].T).detach()
-    assert torch.allclose(found[2][3], by_hand.float(), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found[2][3], by_hand.float(), rtol=2e-3, atol=1e-4)
 
 
 def test_what_has_no_series_is_refused() -> None:

@@ -86,7 +86,8 @@ def direct_logits(model: "Model", tokens: Tensor, candidates: Tensor) -> "list[T
     before = usable[torch.randint(len(usable), (len(tokens),), generator=torch.Generator().manual_seed(0))]
     run = model.run(torch.stack([before, tokens], dim=1), capture=["resid_post.0", f"resid_post.{last}"], logits="none")
     effective, final = run["resid_post.0"][:, 1:], run[f"resid_post.{last}"][:, 1]
-    weight = unembed.weight.detach()[candidates.to(unembed.weight.device)]
+    weight: Tensor = unembed.weight.detach()  # type: ignore[assignment, operator]
+    weight = weight[candidates.to(weight.device)]
     found: list[Tensor] = []
     for layer in range(model.n_layers):
         put = [replace(f"resid_pre.{layer}", effective)] if layer else []
@@ -102,10 +103,10 @@ def _through_norm(model: "Model", at: Tensor, written: Tensor) -> Tensor:
     norm = model.anatomy.main.final_norm
     if norm is None:
         return written
-    # a central difference: exact to some 1e-8, whatever the norm is
+    # a central difference, whatever the norm is; many compute in float32 inside, so the step cannot be smaller
     exact = copy.deepcopy(norm).double()
     at, written = at.double(), written.double()
-    step = 1e-4 * at.norm(dim=-1) / written.norm(dim=-1).clamp(min=1e-30)
+    step = 3e-3 * at.norm(dim=-1) / written.norm(dim=-1).clamp(min=1e-30)
     with torch.inference_mode():
         moved = exact(at + step[..., None] * written) - exact(at - step[..., None] * written)
     return moved / (2 * step[..., None])

@@ -41,6 +41,11 @@ def test_circuits_equal_their_definition(name: str, reuse: bool) -> None:
     found = [
         torch.cat(values) for values in zip(*(runner.values(batch, masks).circuits for batch in batches), strict=True)
     ]
+    for name_of in ("logit_diff", "kl"):  # without the model's own run, and with it
+        alone = CircuitRunner(engine, Scored.named(name_of))
+        for batch in batches:
+            same = zip(alone.circuits_only(batch, masks), alone.values(batch, masks).circuits, strict=True)
+            assert all(torch.equal(a, b) for a, b in same)
     ends = [runner.values(batch, []) for batch in batches]
     clean = logit_diff(plain_model(model, group.clean), group.answers, group.foils)
     corrupt = logit_diff(plain_model(model, group.corrupt), group.answers, group.foils)

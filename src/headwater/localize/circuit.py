@@ -216,6 +216,23 @@ class Circuit(Result):
 
     # --- how good it is (the arithmetic is in `faithfulness.py`)
 
+    def measure(
+        self,
+        behavior: "Behavior",
+        *,
+        metric: str = "logit_diff",
+        ablation: "AblationLike" = "counterfactual",
+        model: "Model | None" = None,
+    ) -> Tensor:
+        """The metric of the circuit alone, pair by pair [n], float64, in the order of the behavior's bound frame.
+
+        Cheaper than `faithfulness`, which also needs the model itself: nothing is run but the counterfactual and the
+        circuit.
+        """
+        from headwater.localize.judging.faithfulness import measure
+
+        return measure(self, behavior, metric=metric, ablation=ablation, model=model)
+
     def faithfulness(
         self,
         behavior: "Behavior",

@@ -12,7 +12,7 @@ run side by side.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from headwater.core.errors import ModelError
+from headwater.core.session import Stopped
 from headwater.localize.engine.ablation import Constants, Prepared, shared_write, writes_of
 from headwater.localize.engine.edges import PARTS, head_values
 from headwater.localize.engine.hooks import on_input, on_output, on_port, replace_forward
-from headwater.localize.engine.passes import Batch, Engine, Scored, Seen, probe_ids
+from headwater.localize.engine.passes import Batch, Engine, Scored, Seen, can_narrow, probe_ids
 from headwater.localize.engine.positions import position_index, prune_positions
 from headwater.localize.engine.wiring import Layer, PartName
 from headwater.localize.selection import prune
@@ -53,6 +54,7 @@ class CircuitRunner:
     def __init__(self, engine: Engine, metric: Scored, ablation: Prepared | None = None) -> None:
         self.engine, self.metric, self.ablation = engine, metric, ablation
         self.graph, self.layers = engine.wiring.graph, engine.wiring.layers
+        self.narrows = can_narrow(engine)
         self._written: dict[int, Tensor] = {}
 
     def check(self) -> None:
@@ -84,23 +86,48 @@ class CircuitRunner:
         with engine.open(), ExitStack() as stack:
             batch = self.metric.narrowed(stack, engine, batch)
             past = engine.prefix_cache(batch)
-            clean_ids = batch.clean[:, batch.prefix :]
-            reference, entered = self.clean(clean_ids, past)
+            reference, entered = self.clean(batch.clean[:, batch.prefix :], past)
             ablated = self.reference(batch, past)
-            found = []
-            for mask in masks:
-                if mask.ndim == 3:
-                    index = position_index(batch, positions or ())[:, batch.prefix :]
-                    live = Live(ablated, [prune_positions(self.graph, mask)], entered, index=index)
-                else:
-                    live = Live(ablated, [prune(self.graph, mask)], entered)
-                found.append(self.metric(batch, live.run(clean_ids, past), reference))
             return BatchValues(
                 self.metric(batch, reference, reference),
                 self.metric(batch, ablated.counterfactual, reference),
-                found,
+                self._circuits(batch, past, masks, positions, ablated, entered, reference),
                 self.metric(batch, ablated.logits, reference),
             )
+
+    def circuits_only(
+        self, batch: Batch, masks: Sequence[Tensor], positions: Sequence[str] | None = None
+    ) -> list[Tensor]:
+        """The metric [B] of each circuit alone; the model itself is run only where the metric reads it."""
+        engine = self.engine
+        with engine.open(), ExitStack() as stack:
+            batch = self.metric.narrowed(stack, engine, batch)
+            past = engine.prefix_cache(batch)
+            ids = batch.clean[:, batch.prefix :]
+            reference, entered = (
+                self.clean(ids, past) if self.metric.reads_reference else (None, self.entering(ids, past))
+            )
+            return self._circuits(batch, past, masks, positions, self.reference(batch, past), entered, reference)
+
+    def _circuits(
+        self,
+        batch: Batch,
+        past: Any,
+        masks: Sequence[Tensor],
+        positions: Sequence[str] | None,
+        ablated: "Reference",
+        entered: Tensor,
+        reference: Tensor | None,
+    ) -> list[Tensor]:
+        found = []
+        for mask in masks:
+            if mask.ndim == 3:
+                index = position_index(batch, positions or ())[:, batch.prefix :]
+                live = Live(ablated, [prune_positions(self.graph, mask)], entered, index=index)
+            else:
+                live = Live(ablated, [prune(self.graph, mask)], entered)
+            found.append(self.metric(batch, live.run(batch.clean[:, batch.prefix :], past), reference))
+        return found
 
     def reference(self, batch: Batch, past: Any) -> "Reference":
         """What edges outside circuits carry on this batch. The metric must be narrowed, the engine open."""
@@ -121,7 +148,22 @@ class CircuitRunner:
         entered: list[Tensor] = []
         with ExitStack() as stack:
             on_port(stack, self.layers[0].block.input, lambda x: entered.append(x))
+            if self.narrows:
+                self.engine.narrow(stack)
             return self.engine.forward(ids, past), entered[0]
+
+    def entering(self, ids: Tensor, past: Any) -> Tensor:
+        """The stream that enters the first block; no block is run."""
+        entered: list[Tensor] = []
+
+        def stop(x: Tensor) -> None:
+            entered.append(x)
+            raise Stopped
+
+        with ExitStack() as stack, suppress(Stopped):
+            on_port(stack, self.layers[0].block.input, stop)
+            self.engine.forward(ids, past)
+        return entered[0]
 
     def out_weight(self, index: int) -> Tensor:
         """[H, K, D]: from a head's values (as `head_values` scales them) to what it adds to the stream."""
@@ -386,8 +428,10 @@ class Live:
             work = self.deltas.dtype
             theirs = reference.writes.heads[index]
             values = head_values(layer, now, 0, work).view(len(theirs), copies, *theirs.shape[1:])
-            change = (values - theirs[:, None])[heads].view(len(heads), -1, theirs.shape[-1])
-            wrote = torch.bmm(change, reference.runner.out_weight(index)[heads])
+            change, weight = values - theirs[:, None], reference.runner.out_weight(index)
+            if len(heads) < len(weight):  # an index would copy the weights
+                change, weight = change[heads], weight[heads]
+            wrote = torch.bmm(change.reshape(len(heads), -1, theirs.shape[-1]), weight)
             ours, usual = shared_write(layer, now, 0, work), reference.writes.shared[index]
             if ours is not None and usual is not None:
                 wrote += (ours - usual.repeat(copies, 1)) / graph.n_heads
@@ -432,9 +476,11 @@ def live_values(layer: Layer, x: Tensor, live: Tensor) -> Iterator[tuple[PartNam
             continue
         # a slice where all heads are live: an index would copy the stack
         stack_x = x[int(here[0]) : int(here[-1]) + 1]
-        values = torch.bmm(stack_x, part.weight(x.dtype)[own].transpose(1, 2))
-        bias = part.bias(x.dtype)
-        yield name, own, values if bias is None else values + bias[own][:, None]
+        weight, bias = part.weight(x.dtype), part.bias(x.dtype)
+        if len(own) < n:
+            weight, bias = weight[own], None if bias is None else bias[own]
+        values = torch.bmm(stack_x, weight.transpose(1, 2))
+        yield name, own, values if bias is None else values + bias[:, None]
 
 
 def _tiled(x: Tensor, batch: int, steps: int) -> Tensor:

@@ -128,6 +128,8 @@ class Engine:
         with ExitStack() as stack:
             if self.wiring.unembed is not None:
                 replace_forward(stack, self.wiring.unembed, lambda x: x[..., :1])  # nobody reads the logits
+            if _narrows.get(self.hf, False):
+                self.narrow(stack)  # nor what the last block writes
             self.hf(input_ids=ids.to(self.model.device), past_key_values=past, use_cache=True)
         return past
 
@@ -286,6 +288,7 @@ def for_discovery(behavior: "Behavior") -> "Behavior":
 
 
 _READS_ONLY_ITS_TOKENS = frozenset({"logit_diff"})
+_READS_ONE_RUN = frozenset({"logit_diff", "prob_diff", "accuracy", "rank"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,6 +308,11 @@ class Scored:
                 fix="Use patching, which needs none",
             )
         return cls(name, metric)
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it compares with the model's own logits (of a metric that is not known: it may)."""
+        return self.name not in _READS_ONE_RUN
 
     def narrowed(self, stack: ExitStack, engine: "Engine", batch: Batch) -> Batch:
         """Until `stack` closes, have the model unembed only the tokens that this metric reads, if it reads but a few.

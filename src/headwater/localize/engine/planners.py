@@ -40,10 +40,17 @@ def words_read(model: "Model", metrics: Sequence[str], batch: Batch) -> int | No
     return int((ids >= 0).sum())
 
 
-def prefix_pass(tally: Tally, batch: Batch) -> None:
+def last_mlps(engine: Engine, batch: Batch, positions: int) -> int | None:
+    """Positions x layers in which the MLP is run, the last one at the last position only; None where it cannot be."""
+    layers = engine.wiring.graph.n_layers
+    return len(batch) * (positions * (layers - 1) + 1) if can_narrow(engine) else None
+
+
+def prefix_pass(engine: Engine, tally: Tally, batch: Batch) -> None:
     """The pass that fills the cache of a batch's shared prefix, where there is one."""
     if batch.prefix:
-        tally.forward("shared prefix", rows=len(batch), positions=batch.prefix, unembedded=0)
+        mlp = last_mlps(engine, batch, batch.prefix)
+        tally.forward("shared prefix", rows=len(batch), positions=batch.prefix, unembedded=0, mlp=mlp)
 
 
 def _edges(model: "Model", behavior: "Behavior", method: str, config: EapConfig, nodes: list[float]) -> Plan:
@@ -57,12 +64,11 @@ def _edges(model: "Model", behavior: "Behavior", method: str, config: EapConfig,
     first = engine.wiring.layers[0]
     heads = first.attention.n_heads * first.attention.d_value + sum(part.rows.numel() for part in first.parts.values())
     for batch in make_batches(bound, tokens_at_once(model, floats, config.memory_mb), reuse_prefix=reuse):
-        prefix_pass(tally, batch)
+        prefix_pass(engine, tally, batch)
         n = len(batch) * batch.suffix
         same: dict[str, Any] = {"rows": len(batch), "positions": batch.suffix, "before": batch.prefix}
         same |= {"words": words_read(model, [config.metric], batch), "held": n * floats * tally.costs.itemsize}
-        if can_narrow(engine):
-            same["mlp"] = n * (graph.n_layers - 1) + len(batch)  # the last one at the last position only
+        same["mlp"] = last_mlps(engine, batch, batch.suffix)
         tally.forward("prompts", **same, backward=1.0 in nodes)
         tally.forward("counterfactuals", **same, backward=0.0 in nodes)
         for _ in [node for node in nodes if node not in (0.0, 1.0)]:
@@ -103,12 +109,11 @@ def _plan_atp(model: "Model", behavior: "Behavior", *, config: AtpConfig | None 
     reuse = used.reuse_prefix and can_reuse_prefix(engine)
     floats = graph.d_model * 30 * graph.n_layers
     for batch in make_batches(bound, tokens_at_once(model, floats, used.memory_mb), reuse_prefix=reuse):
-        prefix_pass(tally, batch)
+        prefix_pass(engine, tally, batch)
         same: dict[str, Any] = {"rows": len(batch), "positions": batch.suffix, "before": batch.prefix}
         same["words"] = words_read(model, [used.metric], batch)
         n = len(batch) * batch.suffix
-        if can_narrow(engine):
-            same["mlp"] = n * (graph.n_layers - 1) + len(batch)
+        same["mlp"] = last_mlps(engine, batch, batch.suffix)
         tally.forward("prompts", **same, backward=True, held=n * floats * tally.costs.itemsize)
         tally.forward("counterfactuals", **same)
         tally.work("scores of nodes", 4.0 * n * graph.d_model * graph.n_layers * graph.d_model)
@@ -126,11 +131,11 @@ def _evaluation(
     reuse = can_reuse_prefix(engine)
     live = [live_layers(graph, prune(graph, mask)) for mask in masks]
     for batch in make_batches(bound, tokens_at_once(model, floats, memory_mb), reuse_prefix=reuse):
-        prefix_pass(tally, batch)
+        prefix_pass(engine, tally, batch)
         n = len(batch) * batch.suffix
         same: dict[str, Any] = {"rows": len(batch), "positions": batch.suffix, "before": batch.prefix}
         same |= {"words": words_read(model, [metric], batch), "held": n * floats * tally.costs.itemsize}
-        tally.forward("prompts", **same)
+        tally.forward("prompts", **same, mlp=last_mlps(engine, batch, batch.suffix))
         tally.forward("counterfactuals", **same)
         for layers in live:
             if layers is not None:

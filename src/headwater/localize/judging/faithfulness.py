@@ -26,7 +26,15 @@ from headwater.localize.engine.ablation import (
     prepare,
 )
 from headwater.localize.engine.evaluate import CircuitRunner
-from headwater.localize.engine.passes import Engine, Scored, all_values, can_reuse_prefix, make_batches, tokens_at_once
+from headwater.localize.engine.passes import (
+    Batch,
+    Engine,
+    Scored,
+    all_values,
+    can_reuse_prefix,
+    make_batches,
+    tokens_at_once,
+)
 from headwater.localize.engine.positions import prune_positions
 from headwater.localize.graph import Graph
 from headwater.localize.judging.mib import FRACTIONS, areas
@@ -124,9 +132,34 @@ def evaluate_masks(
     carry (see `Ablation`). Raises MethodError where the model and the empty circuit give the same metric, so that no
     circuit can account for the difference.
     """
+    batches, runner, passes = _runner(model, behavior, masks, metric, ablation, memory_mb)
+    found = [runner.values(batch, masks, positions) for batch in track(batches, label)]
+    rows, clean = all_values(batches, [f.clean for f in found])
+    _, corrupt = all_values(batches, [f.corrupt for f in found])
+    _, empty = all_values(batches, [f.empty for f in found])
+    circuits = [all_values(batches, [f.circuits[i] for f in found])[1] for i in range(len(masks))]
+    if float((clean - empty).mean()) == 0.0:
+        kind = as_ablation(ablation).kind
+        outside = "counterfactuals" if kind == "counterfactual" else f"a model ablated by {kind!r}"
+        raise MethodError(
+            f"{metric} is the same on prompts and {outside}, so faithfulness is not defined",
+            got=float(clean.mean()),
+        )
+    stacked = torch.stack(circuits) if circuits else torch.zeros(0, len(rows), dtype=torch.float64)
+    return Values(rows, clean, corrupt, stacked, empty, len(masks) + 2 + passes)
+
+
+def _runner(
+    model: "Model",
+    behavior: "Behavior",
+    masks: Sequence[Tensor],
+    metric: str,
+    ablation: AblationLike,
+    memory_mb: float | None,
+) -> tuple[list[Batch], CircuitRunner, float]:
+    """(batches, what runs circuits on them, passes that preparing the ablation took)."""
     engine, scored, used = Engine(model), Scored.named(metric), as_ablation(ablation)
-    graph = engine.wiring.graph
-    bound = behavior.bind(model)
+    graph, bound = engine.wiring.graph, behavior.bind(model)
     widest = max((int(mask.flatten(1).any(dim=1).sum()) for mask in masks), default=0)
     floats = graph.d_model * (widest + 2 * graph.per_layer + 16 * graph.n_layers)
     # a pair's shared prefix may be run once only where nothing in it is ablated
@@ -134,20 +167,24 @@ def evaluate_masks(
     batches = make_batches(bound, tokens_at_once(model, floats, memory_mb), reuse_prefix=reuse)
     CircuitRunner(engine, scored).check()
     prepared = prepare(engine, bound, batches, used)
-    runner = CircuitRunner(engine, scored, prepared)
-    found = [runner.values(batch, masks, positions) for batch in track(batches, label)]
-    rows, clean = all_values(batches, [f.clean for f in found])
-    _, corrupt = all_values(batches, [f.corrupt for f in found])
-    _, empty = all_values(batches, [f.empty for f in found])
-    circuits = [all_values(batches, [f.circuits[i] for f in found])[1] for i in range(len(masks))]
-    if float((clean - empty).mean()) == 0.0:
-        outside = "counterfactuals" if used.kind == "counterfactual" else f"a model ablated by {used.kind!r}"
-        raise MethodError(
-            f"{metric} is the same on prompts and {outside}, so faithfulness is not defined",
-            got=float(clean.mean()),
-        )
-    stacked = torch.stack(circuits) if circuits else torch.zeros(0, len(rows), dtype=torch.float64)
-    return Values(rows, clean, corrupt, stacked, empty, len(masks) + 2 + prepared.passes)
+    return batches, CircuitRunner(engine, scored, prepared), prepared.passes
+
+
+def measure(
+    circuit: Circuit,
+    behavior: "Behavior",
+    *,
+    metric: str = "logit_diff",
+    ablation: AblationLike = "counterfactual",
+    model: "Model | None" = None,
+) -> Tensor:
+    """See `Circuit.measure`."""
+    used, places = model or circuit.model, circuit.positions
+    mask = circuit.mask if places is None else circuit.position_mask
+    one = learned(as_ablation(ablation), used, behavior, circuit.graph, mask)
+    batches, runner, _ = _runner(used, behavior, [mask], metric, one, None)
+    found = [runner.circuits_only(batch, [mask], places)[0] for batch in track(batches, "circuit")]
+    return all_values(batches, found)[1]
 
 
 def faithfulness(

@@ -22,7 +22,7 @@ Row = dict[str, Any]
 Measure = Callable[..., "list[Row]"]
 Across = Callable[["dict[int, dict[str, Tensor]]"], "dict[int, list[Row]]"]
 # Each measure stands in a file of its own or with its kin, imported when a name is asked for.
-_OWN = ("losses", "heads", "weights", "plateau", "streams", "grokking", "circuit", "writes")
+_OWN = ("losses", "heads", "weights", "plateau", "streams", "grokking", "circuit", "writes", "learning_coefficient")
 measures: Registry[Measure] = Registry("measure", own=[f"headwater.dynamics.measures.{name}" for name in _OWN])
 """Outside packages add theirs by the entry point group `headwater.measures`."""
 acrosses: dict[str, Across] = {}

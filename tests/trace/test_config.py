@@ -1,7 +1,7 @@
 import pytest
 
 from headwater.core.errors import MethodError
-from headwater.trace.config import STAGES, with_needs
+from headwater.trace.config import OF_HISTORY, STAGES, with_needs
 from headwater.trace.investigation import Investigation
 
 
@@ -30,6 +30,8 @@ def test_yaml_and_python_give_the_same_investigation(tmp_path):
         ({"seed": "often"}, "seed"),
         ({"stages": ["localise"]}, "localize"),
         ({"circuit": {"fraction": 1.5}}, "'circuit'.*fraction"),
+        ({"timeline": {"checkpoint": 3}}, "checkpoints"),
+        ({"do_data": {"how": "somehow"}}, "how"),
     ],
 )
 def test_unknown_keys_and_wrong_values_are_refused_with_near_names(settings, message):
@@ -60,5 +62,27 @@ def test_settings_are_frozen():
 
 def test_stages_bring_what_they_need():
     assert with_needs(("heads",)) == ("behavior", "localize", "heads")
-    assert with_needs(("report", "claims")) == ("behavior", "localize", "circuit", "heads", "claims", "report")
+    assert with_needs(("data",)) == ("behavior", "localize", "circuit", "heads", "timeline", "data")
+    without = with_needs(("report", "claims"), without=OF_HISTORY)
+    assert without == ("behavior", "localize", "circuit", "heads", "claims", "report")
     assert with_needs(STAGES) == STAGES
+
+
+def test_a_model_without_its_history_has_no_stages_about_it(tmp_path):
+    assert not set(Investigation(behavior="ioi", model="m").planned) & set(OF_HISTORY)
+    published = Investigation(behavior="ioi", model="m", history="EleutherAI/pythia-70m")
+    assert set(published.planned) & set(OF_HISTORY) == {"timeline"}
+    known = Investigation(behavior="ioi", model="m", history="EleutherAI/pythia-70m", corpus="pile.jsonl")
+    assert set(known.planned) & set(OF_HISTORY) == {"timeline", "data"}
+    (tmp_path / "train.json").write_text("{}")
+    own = Investigation(behavior="ioi", model=tmp_path)
+    assert own.planned == STAGES
+    told = Investigation(behavior="ioi", model=tmp_path, do_data={"how": "none"})
+    assert "do_data" not in told.planned and told.stored()["do_data"]["how"] == "none"
+
+
+def test_what_says_nothing_is_not_stored():
+    """So a run from before there were such settings is a run of the same config, and can be gone on with."""
+    stored = Investigation(behavior="ioi", model="m").stored()
+    assert not {"history", "corpus", "corpus_options", "timeline", "data", "do_data"} & set(stored)
+    assert Investigation(**stored) == Investigation(behavior="ioi", model="m")

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,7 +25,21 @@ def trace(
         typer.Argument(help="A behavior's name (`headwater behavior list`) or a CSV, JSONL or Parquet file."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="An alias (`headwater models`), hub id, local folder or GGUF file.")
+        str | None,
+        typer.Option(
+            help="An alias (`headwater models`), hub id, local folder or GGUF file; or a folder of `headwater train`."
+        ),
+    ] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(
+            help="The checkpoints of a model that the lab did not make: a folder, or a hub id such as "
+            "EleutherAI/pythia-70m."
+        ),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(help="What that model read, in order: a file or folder (`headwater count` says which)."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The run's folder; made if needed, gone on with if it exists.")
@@ -45,7 +59,8 @@ def trace(
     from headwater.core.errors import HeadwaterError
     from headwater.trace.investigation import Investigation
 
-    given = {"behavior": behavior, "model": model, "out": out, "n": n, "seed": seed}
+    given: dict[str, Any] = {"behavior": behavior, "model": model, "history": history, "corpus": corpus}
+    given |= {"out": out, "n": n, "seed": seed}
     if stages is not None:
         given["stages"] = tuple(name.strip() for name in stages.split(",") if name.strip())
     options = {name: value for name, value in given.items() if value is not None}

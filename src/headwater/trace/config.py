@@ -8,14 +8,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from headwater.core.errors import MethodError, did_you_mean
 
-STAGES = ("behavior", "localize", "circuit", "heads", "claims", "act", "report")
+STAGES = ("behavior", "localize", "circuit", "heads", "timeline", "data", "do_data", "claims", "act", "report")
+OF_HISTORY = ("timeline", "data", "do_data")
+"""Stages that need the model's training history; without one they are not run."""
+_FOUND = ("behavior", "localize", "circuit", "heads")
 NEEDS: dict[str, tuple[str, ...]] = {
     "behavior": (),
     "localize": ("behavior",),
     "circuit": ("behavior", "localize"),
     "heads": ("behavior", "localize"),
-    "claims": ("behavior", "localize", "circuit", "heads"),
-    "act": ("behavior", "localize", "circuit", "heads", "claims"),
+    "timeline": _FOUND,
+    "data": (*_FOUND, "timeline"),
+    "do_data": (*_FOUND, "timeline", "data"),
+    "claims": (*_FOUND, *OF_HISTORY),
+    "act": (*_FOUND, *OF_HISTORY, "claims"),
     "report": ("behavior",),
 }
 
@@ -87,6 +93,46 @@ class HeadsSettings(Settings):
     n_test: int = Field(default=32, ge=1)
 
 
+class TimelineSettings(Settings):
+    """When it formed: the checkpoints that are measured, and on how much; see `headwater.dynamics.track`."""
+
+    checkpoints: int | None = Field(default=24, ge=2)
+    """At most so many, evenly in log(1 + step); None: all."""
+    measures: tuple[str, ...] = ("loss", "behavior", "heads", "circuit")
+    n: int = Field(default=100, ge=2)
+    """Pairs of each split that are followed through the checkpoints."""
+    sequences: int = Field(default=16, ge=1)
+    length: int = Field(default=64, ge=2)
+    share: float = Field(default=0.8, gt=0.5, lt=1)
+    """How much of the change the steps between which something formed must hold, on train pairs."""
+    draws: int = Field(default=500, ge=1)
+    """Of the bootstrap and of the nulls."""
+
+
+class DataSettings(Settings):
+    """Which data formed it: what is counted, and what that is held against."""
+
+    variables: tuple[str, str] | None = None
+    """The behavior's variables whose values are looked for together; None: those that it is known to relate."""
+    scope: Literal["document", "window"] = "document"
+    window: int | None = Field(default=None, ge=1)
+    relations: bool = True
+    """Of a world: also relate how linear each relation is to how often its pairs were seen."""
+    checkpoints: int | None = Field(default=8, ge=2)
+    """Of those of the timeline, how many the relations are measured at."""
+    draws: int = Field(default=999, ge=19)
+
+
+class DoDataSettings(Settings):
+    """do(data): the same training once more on other data."""
+
+    how: Literal["auto", "permute", "remove", "none"] = "auto"
+    """permute: the frequencies of a world's facts change hands; remove: half of the facts are taken out; none: not."""
+    share: float = Field(default=0.5, gt=0, lt=1)
+    """The share of the facts that `remove` takes out."""
+    seed: int | None = Field(default=None, ge=0)
+
+
 class ClaimsSettings(Settings):
     """How claims are tested, and how large their nulls are."""
 
@@ -142,10 +188,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return {str(key): value for key, value in data.items()}
 
 
-def with_needs(stages: tuple[str, ...]) -> tuple[str, ...]:
-    """These stages and what they need, in order. Raises MethodError for an unknown one."""
+def with_needs(stages: tuple[str, ...], *, without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """These stages and what they need, in order, `without` those that cannot be run. Raises MethodError for an unknown
+    one."""
     for stage in stages:
         if stage not in STAGES:
             raise MethodError("unknown stage", got=repr(stage), wanted=did_you_mean(stage, STAGES))
     wanted = {*stages, *(need for stage in stages for need in NEEDS[stage])}
-    return tuple(stage for stage in STAGES if stage in wanted)
+    return tuple(stage for stage in STAGES if stage in wanted and stage not in without)

@@ -18,19 +18,25 @@ from headwater.trace.config import (
     ActSettings,
     CircuitSettings,
     ClaimsSettings,
+    DataSettings,
+    DoDataSettings,
     HeadsSettings,
     LocalizeSettings,
     Settings,
+    TimelineSettings,
     read_yaml,
     with_needs,
 )
 
 if TYPE_CHECKING:
     from headwater.core.model import Model
+    from headwater.trace.stages import Work
 
 log = logging.getLogger("headwater.trace")
 # Where a run lies and how far it goes is no part of what it finds: a run may be moved, and gone on with.
 _NOT_STORED = {"out", "stages"}
+# Settings that are stored only where they say something: runs from before there were any can be gone on with.
+_LATER = ("history", "corpus", "corpus_options", "timeline", "data", "do_data")
 
 
 class Investigation(Settings):
@@ -39,7 +45,11 @@ class Investigation(Settings):
         hw.Investigation(behavior="ioi", model="smollm2", out="runs/ioi").run()
 
     behavior: a generator's name or a file of pairs, `n` pairs (None: its own number) with `options` of the generator.
-    model: whatever `hw.load` takes. metric: None is the behavior's own. Everything random follows from `seed`.
+    model: whatever `hw.load` takes, or a folder of `headwater train`: its last checkpoint, and the run is its history.
+    history: the checkpoints of another model (what `CheckpointSeries.of` takes), corpus: what it read, in order (what
+    `Corpus.open` takes, with `corpus_options`). metric: None is the behavior's own. Everything random follows from
+    `seed`.
+
     Raises MethodError for unknown settings or values that do not fit.
     """
 
@@ -52,16 +62,22 @@ class Investigation(Settings):
     options: dict[str, Any] = Field(default_factory=dict[str, Any])
     load: dict[str, Any] = Field(default_factory=dict[str, Any])
     """Further arguments of `hw.load` (revision, dtype, device)."""
+    history: str = ""
+    corpus: str = ""
+    corpus_options: dict[str, Any] = Field(default_factory=dict[str, Any])
     question: str = ""
     stages: tuple[str, ...] = STAGES
     localize: LocalizeSettings = LocalizeSettings()
     circuit: CircuitSettings = CircuitSettings()
     heads: HeadsSettings = HeadsSettings()
+    timeline: TimelineSettings = TimelineSettings()
+    data: DataSettings = DataSettings()
+    do_data: DoDataSettings = DoDataSettings()
     claims: ClaimsSettings = ClaimsSettings()
     act: ActSettings = ActSettings()
 
     def __init__(self, **data: Any) -> None:
-        for name in ("out", "behavior", "model"):
+        for name in ("out", "behavior", "model", "history", "corpus"):
             if isinstance(data.get(name), Path):
                 data[name] = str(data[name])
         super().__init__(**data)
@@ -74,7 +90,18 @@ class Investigation(Settings):
 
     def stored(self) -> dict[str, Any]:
         """The settings as they are stored with the run."""
-        return self.model_dump(mode="json", exclude=_NOT_STORED)
+        told = self.model_dump(mode="json", exclude=_NOT_STORED)
+        fields = type(self).model_fields
+        unsaid = {name for name in _LATER if getattr(self, name) == fields[name].get_default(call_default_factory=True)}
+        return {name: value for name, value in told.items() if name not in unsaid}
+
+    @property
+    def planned(self) -> tuple[str, ...]:
+        """The stages that are run, in order: those asked for and what they need, without those whose history is not
+        known."""
+        from headwater.trace.history import left_out
+
+        return with_needs(self.stages, without=tuple(left_out(self)))
 
     def run(self, *, model: "Model | None" = None) -> RunFolder:
         """Run the stages that are not stored yet, in order, and return the folder (closed for writing).
@@ -95,10 +122,26 @@ class Investigation(Settings):
         return cls(**{**stored, "out": str(folder)}).run(model=model)
 
     def _run_stages(self, folder: RunFolder, model: "Model | None") -> None:
-        from headwater.trace.stages import STAGE_FUNCTIONS, Work
+        from headwater.trace.stages import Work
 
         work = Work(self, folder, self._loader(model))
-        for stage in with_needs(self.stages):
+        try:
+            self._go_through(work, folder)
+        finally:
+            if work.beside is not None:
+                from headwater.trace.redoing import end
+
+                end(work)
+
+    def _go_through(self, work: "Work", folder: RunFolder) -> None:
+        from headwater.trace.stages import STAGE_FUNCTIONS
+
+        planned = self.planned
+        for stage in planned:
+            if "do_data" in planned and work.beside is None and stage != "behavior" and not folder.has("do_data"):
+                from headwater.trace.redoing import begin
+
+                work.beside = begin(work)
             if folder.has(stage) and not (stage == "report" and not (folder.path / "report.html").exists()):
                 log.info("%s: stored already", stage)
                 continue
@@ -112,6 +155,7 @@ class Investigation(Settings):
             seconds = time.monotonic() - started
             _account(made.results.values(), seconds)
             folder.save_stage(stage, made.results, facts=made.facts)
+            work.tidy(stage)
             line = f"{stage}: {seconds:.1f} s"
             log.info(line)
             note(line)
@@ -121,7 +165,10 @@ class Investigation(Settings):
             if model is not None:
                 return model
             from headwater.core.loading import load
+            from headwater.trace.history import is_run, load_last
 
+            if is_run(self.model):
+                return load_last(self.model, **self.load)
             return load(self.model, **self.load)
 
         return loaded

@@ -1,8 +1,11 @@
 """The stages of a trace: each takes what is stored before it and gives results to store, by name."""
 
 import hashlib
+import shutil
+import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import polars as pl
@@ -19,13 +22,21 @@ from headwater.localize.comparing.heads import heads as find_heads
 from headwater.localize.graph import head_of
 from headwater.localize.judging.faithfulness import completeness, curve
 from headwater.trace import tests
+from headwater.trace.claims_history import of_history
 from headwater.trace.verdict import verdict
 
 if TYPE_CHECKING:
     from headwater.core.model import Model
+    from headwater.trace.history import History
     from headwater.trace.investigation import Investigation
 
 Results = dict[str, Result]
+OF_HISTORY_RESULTS = {
+    "timeline": {"timeline": "timeline", "formation": "formation"},
+    "data": {"facts": "fact_link", "link": "link"},
+    "do_data": {"change": "fact_change", "worlds": "worlds"},
+}
+"""Results of the stages of a model's history that claims are tested on: stage, name -> name in the tests' context."""
 _SMALL = 0.1
 """Sizes up to this share of the edges are tried first."""
 
@@ -45,6 +56,12 @@ class Work:
     settings: "Investigation"
     run: RunFolder
     load_model: Callable[[], "Model"]
+    scratch: Path | None = None
+    """Where unfinished work is kept, if not in the run's folder."""
+    again: dict[tuple[str, str], Result] = field(default_factory=dict[tuple[str, str], Result])
+    """Results that were measured again, by stage and name; they stand in for the stored ones."""
+    beside: "subprocess.Popen[bytes] | None" = None
+    """The process that trains the second run meanwhile."""
     _model: "Model | None" = None
     _loaded: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -64,6 +81,27 @@ class Work:
                     )
             self._model = model
         return self._model
+
+    def folder(self, stage: str) -> Path:
+        """Where a long stage keeps what it has so far, to go on from after a kill."""
+        return (self.scratch or self.run.path / "work") / stage
+
+    def tidy(self, stage: str) -> None:
+        """Remove what a stage that is stored no longer needs."""
+        shutil.rmtree(self.folder(stage) / "parts", ignore_errors=True)
+
+    @property
+    def history(self) -> "History":
+        """The model's checkpoints, and what it read."""
+        if "history" not in self._loaded:
+            from headwater.trace.history import History
+
+            self._loaded["history"] = History.of(self.settings)
+        return self._loaded["history"]
+
+    def result(self, stage: str, name: str) -> Result:
+        """A result of a stage: as stored, or as measured again (see `verify`)."""
+        return self.again.get((stage, name)) or self.run.load(stage, name)
 
     def seed(self, name: str) -> int:
         """A seed for one purpose, from the run's seed alone: no stage depends on what ran before it."""
@@ -100,7 +138,13 @@ class Work:
 
     def context(self) -> Context:
         """What the claims' tests use."""
-        return Context(model=self.model, behavior=self.behavior, circuit=self.circuit, heads=self.heads)
+        context = Context(model=self.model, behavior=self.behavior, circuit=self.circuit, heads=self.heads)
+        hashes = self.run.hashes()
+        for stage, names in OF_HISTORY_RESULTS.items():
+            for name, key in names.items():
+                if name in hashes.get(stage, {}):
+                    context[key] = self.result(stage, name)
+        return context
 
     def train(self, n: int) -> Behavior:
         """The first `n` pairs to find things on."""
@@ -297,6 +341,7 @@ def planned(work: Work) -> list[Claim]:
             },
         ),
         *(_role_claim(work, role, words) for role in work.heads.found),
+        *of_history(work),
     ]  # fmt: skip
     # the random circuits of both kinds are run once, so their claims share a seed
     shared = {"circuit-beats-edges": "circuit-null", "circuit-beats-heads": "circuit-null"}
@@ -354,9 +399,30 @@ def act(work: Work) -> Made:
     return Made(act_on(work), {})
 
 
+def timeline(work: Work) -> Made:
+    """When it formed: every checkpoint measured."""
+    from headwater.trace.forming import timeline as measure
+
+    return Made(measure(work), {"steps": work.history.series.steps})
+
+
+def data(work: Work) -> Made:
+    """Which data formed it: what had been read of each fact."""
+    from headwater.trace.reading import data as read
+
+    return read(work)
+
+
+def do_data(work: Work) -> Made:
+    """Whether it follows the data: the same training on other data."""
+    from headwater.trace.redoing import do_data as redo
+
+    return redo(work)
+
+
 STAGE_FUNCTIONS: dict[str, Callable[[Work], Made]] = {
-    "behavior": behavior, "localize": localize, "circuit": circuit, "heads": heads, "claims": claims, "act": act,
-    "report": report,
+    "behavior": behavior, "localize": localize, "circuit": circuit, "heads": heads, "timeline": timeline, "data": data,
+    "do_data": do_data, "claims": claims, "act": act, "report": report,
 }  # fmt: skip
 
 __all__ = ["STAGE_FUNCTIONS", "Made", "Work", "planned", "smallest_faithful", "tests"]

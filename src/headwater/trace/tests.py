@@ -23,7 +23,6 @@ from headwater.claims import (
     smallest_p,
     test,
 )
-from headwater.core.errors import ClaimError
 from headwater.localize.circuit import Circuit
 from headwater.localize.comparing.heads import HeadsResult, attention_to_places, metric_values
 from headwater.localize.judging.faithfulness import NullResult, Values, evaluate_masks
@@ -222,8 +221,8 @@ def heads_play_role(
     pairs = judged(context, n).bind(model)
     group = [(int(layer), int(head)) for layer, head in heads]
     attended = attention_to_places(model, pairs, [role])[role]
-    if attended is None:
-        raise ClaimError(f"no test prompt has a place for the role {role!r}", got=f"{pairs.n} prompts")
+    if attended is None:  # a role that was found on random tokens
+        return Outcome(effect=float("nan"), n=pairs.n, why_not="no test prompt has a place for this role")
     mean = attended.nanmean(dim=0)
     n_heads = mean.shape[1]
     layers = np.repeat(np.arange(mean.shape[0]), n_heads)

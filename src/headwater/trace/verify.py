@@ -1,6 +1,7 @@
 """Verify: every claim's test again, from what is stored, and whether it says the same."""
 
 import math
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,6 +15,7 @@ from headwater.core.store import RunFolder
 
 if TYPE_CHECKING:
     from headwater.core.model import Model
+    from headwater.trace.stages import Work
 
 _SCHEMA: dict[str, Any] = {
     "id": pl.String, "same": pl.Boolean, "status": pl.String, "status_now": pl.String, "effect": pl.Float64,
@@ -36,7 +38,8 @@ class Verification(Result):
 
 
 def verify(folder: str | Path, *, model: "Model | None" = None) -> Verification:
-    """Run every test of a run's ledger again, with its stored params and seed, on the stored pairs, circuit and heads.
+    """Run every test of a run's ledger again, with its stored params and seed, on the stored pairs, circuit and heads;
+    a model's history (checkpoints, corpus) is measured again.
 
     The files' content hashes are checked first. Raises StoreError for a run without claims, changed files, or a model
     that is no longer the same.
@@ -55,11 +58,14 @@ def verify(folder: str | Path, *, model: "Model | None" = None) -> Verification:
         raise StoreError(f"{run.path} holds no ledger", got=stored.kind)
     settings = Investigation(**{**run.config, "out": str(folder)})
     work = Work(settings, run, settings._loader(model))
-    context = work.context()
-    again = [
-        claim.with_outcome(run_test(claim.test, context, claim.params, seed=claim.seed))
-        for claim in track(stored.claims, "verifying", total=len(stored))
-    ]
+    with tempfile.TemporaryDirectory(prefix="headwater-verify-") as scratch:
+        work.scratch = Path(scratch)
+        measure_again(work)
+        context = work.context()
+        again = [
+            claim.with_outcome(run_test(claim.test, context, claim.params, seed=claim.seed))
+            for claim in track(stored.claims, "verifying", total=len(stored))
+        ]
     decided = Ledger.of(again, q=stored.q)
     rows = [_row(old, decided[old.id]) for old in stored.claims]
     return Verification(
@@ -67,6 +73,21 @@ def verify(folder: str | Path, *, model: "Model | None" = None) -> Verification:
         facts={"claims": len(rows), "same": sum(row["same"] for row in rows)},
         provenance=Provenance.collect(work.model, work.behavior, seed=settings.seed),
     )
+
+
+def measure_again(work: "Work") -> None:
+    """Measure the checkpoints and the corpus again, where the run has stages about its model's history, so that their
+    tests stand on more than what was stored. The second run of do(data) is not trained again: its checkpoints must have
+    the hashes that were stored."""
+    from headwater.trace import forming, reading, redoing
+
+    if work.run.has("timeline"):
+        work.again.update({("timeline", name): one for name, one in forming.timeline(work).items()})
+    if work.run.has("data"):
+        work.again.update({("data", name): one for name, one in reading.data(work).results.items()})
+    if work.run.has("do_data") and "checkpoints" in work.run.facts("do_data"):
+        found = redoing.measured(work, redoing.checked_run(work))
+        work.again.update({("do_data", name): one for name, one in found.items()})
 
 
 def _row(old: Claim, new: Claim) -> dict[str, Any]:

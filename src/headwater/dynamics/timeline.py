@@ -122,7 +122,7 @@ def track(
         loss_at = None if loss_at is None else loss_at[: config.length]
         if loss_at is not None and not bool(loss_at[1:].any()):
             raise MethodError("none of the tokens that are looked at is predicted", fix="Raise length")
-    trained = None if run is None else _trained(run)
+    trained, corrupted = (None, None) if run is None else _trained(run)
     started = time.monotonic()
     about = _about(chosen, config, behavior, tokens, loss_at)
     found: dict[int, dict[str, Any]] = {}
@@ -141,7 +141,9 @@ def track(
         models = part.load(skip=claims.taken, **(load or {}))
         try:
             for one, model in shown(models, f"tracking {chosen.name}", len(todo)):
-                probe = Probe(model, one.step, behavior, tokens, loss_at, config.seed, trained, last)
+                probe = Probe(
+                    model, one.step, behavior, tokens, loss_at, config.seed, trained, last, corrupted=corrupted
+                )
                 head = _measure(probe, config, one)
                 if folder is None:
                     found[one.step], kept[one.step] = head, probe.kept
@@ -187,10 +189,13 @@ def _own_tokens(run: "TrainingRun") -> tuple[Tensor, Tensor]:
     return torch.from_numpy(rows), torch.from_numpy(at)
 
 
-def _trained(run: "TrainingRun") -> Tensor | None:
-    """One round of its data, as far as it was seen; None where that is much."""
-    n = sum(source.n_sequences for source in run.data.sources)
-    return torch.from_numpy(run.data.rows(0, min(n, run.order.n_sequences))[0]) if n <= _TRAINED else None
+def _trained(run: "TrainingRun") -> tuple[Tensor | None, Tensor | None]:
+    """One round of its data, as far as it was seen, and which of it carries a wrong label; None where that is much."""
+    n = min(sum(source.n_sequences for source in run.data.sources), run.order.n_sequences)
+    if n > _TRAINED:
+        return None, None
+    wrong = run.data.corrupted(0, n)
+    return torch.from_numpy(run.data.rows(0, n)[0]), torch.from_numpy(wrong) if wrong.any() else None
 
 
 def _about(

@@ -62,8 +62,9 @@ class DataConfig:
 
     source: the name of a generator, or a file: `.npy` or `.bin` token ids, or text (`.txt`, `.jsonl`, `.parquet`).
     weight: its share among the sources. shuffle: else in the order of the source. limit: use only its first sequences.
-    repeat: a part that is shown again and again. options: the generator's; of a `.bin` file `dtype`; of text
-    `documents` ("lines", "paragraphs", "file") or `column`, and `separator`.
+    repeat: a part that is shown again and again. corrupt: the share of its sequences that carry another's labels, at
+    the tokens that are predicted. options: the generator's; of a `.bin` file `dtype`; of text `documents` ("lines",
+    "paragraphs", "file") or `column`, and `separator`.
     """
 
     source: str
@@ -71,11 +72,13 @@ class DataConfig:
     shuffle: bool = True
     limit: int | None = None
     repeat: RepeatConfig | None = None
+    corrupt: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.weight > 0 or (self.limit is not None and self.limit < 1):
-            raise MethodError(f"the source {self.source} does not fit", got=self, wanted="weight > 0 and limit >= 1")
+        if not self.weight > 0 or (self.limit is not None and self.limit < 1) or not 0 <= self.corrupt <= 1:
+            wanted = "weight > 0, limit >= 1 and corrupt in [0, 1]"
+            raise MethodError(f"the source {self.source} does not fit", got=self, wanted=wanted)
 
 
 @dataclass(frozen=True, kw_only=True)

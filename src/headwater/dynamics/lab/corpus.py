@@ -16,6 +16,7 @@ from headwater.core.progress import track
 from headwater.dynamics.lab.change import Change
 from headwater.dynamics.lab.change import load as load_change
 from headwater.dynamics.lab.config import DataConfig, TrainConfig, ValidationConfig
+from headwater.dynamics.lab.corrupting import Corrupted
 from headwater.dynamics.lab.order import Order, Stream, key
 from headwater.dynamics.lab.sources import Array, batch_of, is_file, is_text, read_array, read_texts, sources
 from headwater.dynamics.lab.words import SEPARATOR, vocabulary_of, word_tokenizer
@@ -58,6 +59,16 @@ class Data:
     def places(self, numbers: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(source, sequence within the source) of the samples with these numbers, as the run sees them."""
         return self.order.at(numbers if self.change is None else self.change.shown(numbers))
+
+    def corrupted(self, first: int, last: int) -> NDArray[np.bool_]:
+        """[n] which of samples first .. last-1 carry another sequence's label."""
+        which, sequence = self.places(np.arange(first, last, dtype=np.int64))
+        out = np.zeros(len(which), dtype=bool)
+        for number, source in enumerate(self.sources):
+            mine = which == number
+            if isinstance(source, Corrupted) and mine.any():
+                out[mine] = source.corrupted(sequence[mine])
+        return out
 
     def weights(self, first: int, last: int) -> NDArray[np.float64] | None:
         """[n] what the losses of samples first .. last-1 are multiplied by; None where all of the run weigh 1."""
@@ -108,6 +119,10 @@ def assemble(config: TrainConfig, folder: Path | None) -> Data:
     """
     tokenizer = _tokenizer(config)
     made = [_source(one, config, tokenizer, folder) for one in config.data]
+    made = [
+        Corrupted(source, one.corrupt, config.seed) if one.corrupt else source
+        for one, source in zip(config.data, made, strict=True)
+    ]
     lengths = [source.sequence_length for source in made]
     if len(set(lengths)) > 1:
         raise MethodError("the sources differ in the length of their sequences", got=lengths)

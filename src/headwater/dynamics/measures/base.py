@@ -22,7 +22,18 @@ Row = dict[str, Any]
 Measure = Callable[..., "list[Row]"]
 Across = Callable[["dict[int, dict[str, Tensor]]"], "dict[int, list[Row]]"]
 # Each measure stands in a file of its own or with its kin, imported when a name is asked for.
-_OWN = ("losses", "heads", "weights", "plateau", "streams", "grokking", "circuit", "writes", "learning_coefficient")
+_OWN = (
+    "losses",
+    "heads",
+    "weights",
+    "plateau",
+    "streams",
+    "grokking",
+    "circuit",
+    "writes",
+    "learning_coefficient",
+    "memorizing",
+)
 measures: Registry[Measure] = Registry("measure", own=[f"headwater.dynamics.measures.{name}" for name in _OWN])
 """Outside packages add theirs by the entry point group `headwater.measures`."""
 acrosses: dict[str, Across] = {}
@@ -72,8 +83,8 @@ class Probe:
 
     behavior: pairs, or None. ids: token sequences [n, T], or None. loss_at: [T] bool, which of their tokens are
     predicted. seed: of everything random. trained: the sequences [n, T] of one round of a run's training data, where
-    the series is a run of the lab and they are few. last: what is made at the last checkpoint. kept: tensors for
-    comparisons over steps.
+    the series is a run of the lab and they are few; corrupted: [n] which of them carry a wrong label. last: what is
+    made at the last checkpoint. kept: tensors for comparisons over steps.
     """
 
     model: "Model"
@@ -84,6 +95,7 @@ class Probe:
     seed: int = 0
     trained: Tensor | None = None
     last: "Last | None" = None
+    corrupted: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
 
     def keep(self, name: str, tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ BELOW["cli"] = {*BELOW["bench"], "bench"}
 # A corpus that is a run of the lab is rebuilt by the lab, found by name too.
 BY_NAME = {("core/results.py", "report"), ("data/corpus.py", "dynamics")}
 # A world is one of the lab's sources, and mechanisms are related to counts checkpoint by checkpoint.
-BY_NAME |= {("data/world.py", "dynamics"), ("data/link.py", "dynamics")}
+BY_NAME |= {("data/world.py", "dynamics"), ("data/link_strengths.py", "dynamics")}
 # The edges of a circuit over checkpoints are the edges that `localize` finds at each.
 BY_NAME |= {("dynamics/measures/circuit.py", "localize")}
 # Which sequences mention a pair of terms is for `data` to say, when the lab leaves them out.

@@ -48,6 +48,8 @@ def test_what_is_removed_is_nowhere_and_the_next_of_the_order_takes_its_place(
     held = np.isin(before, list(removed))
     assert held.sum() > len(gone)  # those that come a second time, too
     assert np.array_equal(before[~held], after[~held])
+    of_source = redo(base, tmp_path / "of", remove={0: sorted(removed)})
+    assert np.array_equal(shown(of_source), after)
     # by hand: the unchanged order goes on after the last step
     following = [s for s in base.data.order.samples(240, 300)[1].tolist() if s not in removed]
     assert after[held].tolist() == following[: held.sum()]
@@ -114,6 +116,10 @@ def test_pairs_of_terms_are_removed_from_what_takes_their_place_too(tmp_path: Pa
     assert both.any() and not both.all()
     assert np.array_equal(after[~both], rows[~both])
     assert not any(set(ids) <= set(row.tolist()) for row in after)
+    with pytest.raises(HeadwaterError, match="no such source"):
+        redo(run, tmp_path / "no", remove={1: [0]})
+    with pytest.raises(HeadwaterError, match="no such sequences"):
+        redo(run, tmp_path / "no", remove={0: [-3]})
     (tmp_path / "p.csv").write_text(f"subject,object\n{pair[0]},{pair[1]}\n")
     assert redo(run, tmp_path / "file", remove=tmp_path / "p.csv").result.content_hash == out.result.content_hash
     pl.DataFrame({"sequence": np.flatnonzero(both)}).write_parquet(tmp_path / "n.parquet")

@@ -18,6 +18,9 @@ from headwater.report.gather import Found, Gathered
 from .synthetic_bench import TABLES
 from .synthetic_data import TABLES as DATA
 from .synthetic_dynamics import TABLES as DYNAMICS
+from .synthetic_examples import TABLES as EXAMPLES
+from .synthetic_history import FACTS as HISTORY_FACTS
+from .synthetic_history import TABLES as HISTORY
 
 HOSTILE = '<script>alert("x")</script>'
 N_LAYERS, N_HEADS, N_KV = 30, 9, 3
@@ -598,8 +601,8 @@ MAKERS = {
     "head_codes": ("localize", lambda: node_map("head_codes")),
     "attention_tracing": ("localize", attention_tracing),
     **{
-        kind: (stage, lambda kind=kind, make=make: result(kind, make()))
-        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA}.items()
+        kind: (stage, lambda kind=kind, make=make: result(kind, make(), HISTORY_FACTS.get(kind)))
+        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA, **EXAMPLES, **HISTORY}.items()
     },
 }
 

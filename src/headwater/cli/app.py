@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli import behavior, bench, circuit, count, localize, models, redo, trace, track, train, truth
+from headwater.cli import attribute, behavior, bench, circuit, count, localize, models, redo, trace, track, train, truth
 from headwater.cli.guard import Guarded
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ train.add_to(app)
 redo.add_to(app)
 track.add_to(app)
 count.add_to(app)
+attribute.add_to(app)
 truth.add_to(app)
 bench.add_to(app)
 models.add_to(app)

@@ -1,7 +1,8 @@
 """data, stage 4: which training data formed a mechanism.
 
 `Corpus` is what a model saw, in the order of its training; `count` says how often terms, and pairs of terms,
-stood in it; `linear_relation` measures how well one affine map stands for what a model does to decode a relation.
+stood in it; `linear_relation` measures how well one affine map stands for what a model does to decode a relation;
+`attribute` scores training sequences for a behavior, and `remove_and_retrain` is the test of that.
 """
 
 import importlib
@@ -16,9 +17,26 @@ _PLACES = {
     "Lre": "headwater.data.lre",
     "LreResult": "headwater.data.lre",
     "linear_relation": "headwater.data.lre",
+    "AttributionToData": "headwater.data.attribution.result",
+    "attribute": "headwater.data.attribution.attributing",
+    "DataRemoval": "headwater.data.attribution.removing",
+    "remove_and_retrain": "headwater.data.attribution.removing",
 }
 
-__all__ = ["Corpus", "Counts", "Lre", "LreResult", "Relation", "count", "linear_relation", "read_pairs"]
+__all__ = [
+    "AttributionToData",
+    "Corpus",
+    "Counts",
+    "DataRemoval",
+    "Lre",
+    "LreResult",
+    "Relation",
+    "attribute",
+    "count",
+    "linear_relation",
+    "read_pairs",
+    "remove_and_retrain",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -34,6 +52,9 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
+    from headwater.data.attribution.attributing import attribute
+    from headwater.data.attribution.removing import DataRemoval, remove_and_retrain
+    from headwater.data.attribution.result import AttributionToData
     from headwater.data.corpus import Corpus
     from headwater.data.counts import Counts, count
     from headwater.data.lre import Lre, LreResult, linear_relation

@@ -47,7 +47,7 @@ def redo(
     remove, and the first of repeat and reweight, say which sequences: numbers of the run's order (that which is
     `run.order.tokens(k)`, wherever it comes again), or pairs of terms, as `headwater.data.read_pairs` takes them (every
     sequence that mentions both of a pair, in the changed data), or a file of either (`.npy`; a table with a column
-    `sequence`; pairs).
+    `sequence`; pairs), or {number of a source: numbers of its sequences}.
 
     - remove: their places are taken by what the run would have seen after its last step, in that order and from the
       same part of the same source, as far as it is not removed too. All other places keep what they had. Of a source
@@ -135,14 +135,18 @@ class _Chosen:
 
     def __init__(self, what: Any, base: TrainingRun, made: Data) -> None:
         self._made = made
+        self._says: Callable[[Any], Bools] | None = None
+        if isinstance(what, Mapping):
+            self._keys = np.unique(np.concatenate([_of_source(made, *one) for one in what.items()]))
+            self.about: dict[str, Any] = {"sequences": len(self._keys)}
+            return
         numbers, pairs = _read(what)
         if numbers is not None:
             if not len(numbers) or numbers.min() < 0 or numbers.max() >= base.order.n_sequences:
                 wanted = f"numbers from 0 to {base.order.n_sequences - 1}, at least one"
                 raise MethodError(f"no such sequences in the order of {base.path}", got=_few(numbers), wanted=wanted)
             self._keys = np.unique(_keys(*base.data.places(numbers)))
-            self.about: dict[str, Any] = {"sequences": len(self._keys)}
-            self._says: Callable[[Any], Bools] | None = None
+            self.about = {"sequences": len(self._keys)}
             return
         # By name: rooms of stages do not import each other, and how mentions are found is that of `data`.
         found = importlib.import_module("headwater.data.mentions").Mentioning(pairs, tokenizer=made.tokenizer)
@@ -206,6 +210,16 @@ def _numbers(values: Any) -> Ints:
 
 def _keys(source: Ints, sequence: Ints) -> Ints:
     return source * _SOURCE + sequence
+
+
+def _of_source(made: Data, source: Any, sequences: Any) -> Ints:
+    numbers = _numbers(sequences)
+    if not isinstance(source, int) or not 0 <= source < len(made.sources):
+        raise MethodError("no such source", got=repr(source), wanted=f"a number from 0 to {len(made.sources) - 1}")
+    if not len(numbers) or numbers.min() < 0 or numbers.max() >= made.sources[source].n_sequences:
+        wanted = f"numbers from 0 to {made.sources[source].n_sequences - 1}, at least one"
+        raise MethodError(f"no such sequences of source {source}", got=_few(numbers), wanted=wanted)
+    return _keys(np.full(len(numbers), source, dtype=np.int64), numbers)
 
 
 def _few(numbers: Ints) -> str:

@@ -9,6 +9,8 @@ from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.comparisons import comparison, head_groups, reuse
 from headwater.report.charts.data import counts, lre
 from headwater.report.charts.dynamics import series_audit, timeline, training
+from headwater.report.charts.examples import data_attribution, data_removal
+from headwater.report.charts.history import fact_change, fact_link, formation
 from headwater.report.charts.known import algebra, recovery, siit_report, superposition
 from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
@@ -67,6 +69,11 @@ KINDS = (
     "series_audit",
     "counts",
     "lre",
+    "data_attribution",
+    "data_removal",
+    "formation",
+    "fact_link",
+    "fact_change",
 )
 
 
@@ -97,10 +104,15 @@ __all__ = [
     "comparison",
     "compression",
     "counts",
+    "data_attribution",
+    "data_removal",
     "discovery",
     "effect",
+    "fact_change",
+    "fact_link",
     "faithfulness",
     "flow_routes",
+    "formation",
     "head_codes",
     "head_groups",
     "heads",

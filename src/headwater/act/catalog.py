@@ -19,6 +19,14 @@ _OWN = (
     "steering.ablate",
     "steering.turn",
     "steering.conditional",
+    "editing.rome",
+    "editing.memit",
+    "editing.rank_one",
+    "editing.heads",
+    "editing.values",
+    "editing.repair",
+    "editing.orthogonalize",
+    "editing.recalibrate",
 )
 
 Method = Callable[..., "Action"]

@@ -68,14 +68,15 @@ class SteerConfig:
 class Candidate:
     """One thing to try at several strengths.
 
-    make: the interventions of a strength. random: the same at random, of a strength and a seed. norm: the length of
-    what strength 1 adds, where that is a vector. facts: what else there is to say of it, as plain data.
+    make: the interventions, or the edit of weights, of a strength. random: the same at random, of a strength and a
+    seed. norm: the length of what strength 1 adds, where that is a vector. facts: what else there is to say of it, as
+    plain data.
     """
 
     goal: Goal
     site: Site
-    make: Callable[[float], tuple[Intervention, ...]]
-    random: Callable[[float, int], tuple[Intervention, ...]] | None = None
+    make: Callable[[float], Any]
+    random: Callable[[float, int], Any] | None = None
     norm: float = float("nan")
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -153,7 +154,7 @@ def choose(
     candidates: Sequence[Candidate],
     strengths: Sequence[float],
     *,
-    action: Callable[[Candidate, float, tuple[Intervention, ...]], Action],
+    action: Callable[[Candidate, float, Any], Action],
     random_name: str,
     max_perplexity: float,
     passes: int,
@@ -316,7 +317,7 @@ def _parts(behavior: "Behavior", n: int, seed: int) -> tuple["Behavior", "Behavi
 def _bearable(
     model: "Model",
     ranked: list[_Try],
-    action: Callable[[Candidate, float, tuple[Intervention, ...]], Action],
+    action: Callable[[Candidate, float, Any], Action],
     limit: float,
 ) -> tuple[_Try, dict[int, float]]:
     """The first that leaves plain text readable, and the perplexity ratios that were measured; else the mildest."""

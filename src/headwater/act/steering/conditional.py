@@ -86,13 +86,12 @@ def cast(model: "Model", behavior: "Behavior", *, config: CastConfig | None = No
     read_at = _read_at(task, used.read_at or f"resid_post.{min([layer, *(int(s.layer or 0) for s in task.places)])}")
     yes, no = _prompts(task, behavior, used, read_at)
     direction, threshold, right = condition(yes, no)
+    fitted = direction.to(model.dtype), threshold, right
     candidates = []
     for goal in task.goals:
         for site, (wanted, unwanted) in task.read(goal).items():
             difference = (wanted.mean(0) - unwanted.mean(0)).to(model.dtype)
-            candidates.append(
-                _gated(goal, site, difference, used, read_at, direction.to(model.dtype), threshold, right)
-            )
+            candidates.append(_gated(goal, site, difference, used, read_at, fitted))
     return steered(task, candidates, used, method="cast", how="steer where the condition holds at")
 
 

@@ -204,7 +204,10 @@ def test_data_travels_with_the_page_and_cannot_run_in_a_spreadsheet() -> None:
     assert source(Found(stage="s", name="n", result=Result(tables={"rows": big})), "rows").csv == ""
 
 
-@pytest.mark.parametrize("left_out", sorted({stage for stage, _ in synthetic.MAKERS.values()}))
+OF_HISTORY = {"timeline", "data", "do_data"}
+
+
+@pytest.mark.parametrize("left_out", sorted({stage for stage, _ in synthetic.MAKERS.values()} - OF_HISTORY))
 def test_a_missing_stage_is_named_with_its_command(left_out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "inline", lambda *_, **__: "<svg></svg>")  # the drawings are not what is tested here
     kinds = [kind for kind, (stage, _) in synthetic.MAKERS.items() if stage != left_out]
@@ -331,3 +334,35 @@ class TestBrowser:
         console, _ = browse(reaching, tmp_path)
         assert any("127.0.0.1:9" in line for line in console)
         assert any("script" in line for line in console)
+
+
+def test_a_model_without_its_history_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "inline", lambda *_, **__: "<svg></svg>")
+    kinds = [kind for kind, (stage, _) in synthetic.MAKERS.items() if stage not in OF_HISTORY]
+    page = Parsed(render(synthetic.gathered(Path("runs/ioi"), *kinds)))
+    assert page.text.count("came without its training history") == 1 and "--history" in page.text
+    assert "data" not in page.ids and "Not in this run yet: the stage “timeline”" not in page.text
+    unfinished = synthetic.gathered(Path("runs/ioi"), *(kind for kind in kinds if kind != "ledger"))
+    unfinished.facts.pop("claims")
+    text = Parsed(render(unfinished)).text
+    assert "Not in this run yet: the stage “timeline”" in text and "Not in this run yet: the stage “data”" in text
+
+
+def test_the_history_stands_beside_the_circuit_and_in_its_own_sections(page: str, parsed: Parsed) -> None:
+    circuit = page[page.index('<section id="circuit"') :]
+    circuit = circuit[: circuit.index("</section>")]
+    assert circuit.count("<svg") == 3 and 'href="#when"' in circuit and 'href="#data"' in circuit
+    assert {"when", "data"} <= set(parsed.ids)
+    assert "Half of the facts are known from about 60 [30, 110] co-occurrences on" in parsed.text
+    assert "between step 16 and step 256" in parsed.text
+
+
+def test_a_history_that_is_known_in_part_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "inline", lambda *_, **__: "<svg></svg>")
+    of_time = [kind for kind, (stage, _) in synthetic.MAKERS.items() if stage not in ("data", "do_data")]
+    assert "Give it with --corpus" in Parsed(render(synthetic.gathered(Path("runs/ioi"), *of_time))).text
+    unchanged = [kind for kind, (stage, _) in synthetic.MAKERS.items() if stage != "do_data"]
+    assert "The data were not changed to see" in Parsed(render(synthetic.gathered(Path("runs/ioi"), *unchanged))).text
+    run = synthetic.gathered(Path("runs/ioi"), *of_time)
+    run.facts["data"] = {"skipped": f"no variables {synthetic.HOSTILE}"}
+    assert "No frequency link: no variables <script>" in Parsed(render(run)).text

@@ -104,6 +104,15 @@ class Lines:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beside:
+    """A figure, and small drawings that stand at its side: (title, id of the section that tells more, SVG)."""
+
+    figure: Any
+    small: Sequence[tuple[str, str, str]]
+    block: str = "beside"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Heading:
     """A heading inside a section, with a sentence."""
 

@@ -11,7 +11,7 @@ from headwater.core.errors import HeadwaterError
 from headwater.core.results import Result
 from headwater.core.store import RunFolder
 
-STAGES = ("behavior", "localize", "circuit", "heads", "claims", "act", "report")
+STAGES = ("behavior", "localize", "circuit", "heads", "timeline", "data", "do_data", "claims", "act", "report")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -154,6 +154,16 @@ class Context:
             code=_code(found, code),
         )
 
+    def drawings(self, made: Sequence[tuple[str, str, Any]], *, name: str) -> list[tuple[str, str, str]]:
+        """(title, link, SVG) of small charts; one that cannot be drawn is left out, as its section says why."""
+        drawn: list[tuple[str, str, str]] = []
+        for i, (title, link, chart) in enumerate(made):
+            try:
+                drawn.append((title, link, inline(chart, name=f"{name}-{i}", label=title)))
+            except Exception as error:
+                log.warning("small figure %r could not be drawn: %s", title, error)
+        return drawn
+
     def _source(self, found: Found, table: str, figure: str) -> Source:
         """A figure's data; a table that an earlier figure carries is only pointed to."""
         path = f"{found.where}/{table}.parquet"

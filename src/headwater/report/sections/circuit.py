@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from headwater.report.blocks import Section, Table, cell
+from headwater.report.blocks import Beside, Section, Table, cell
 from headwater.report.charts.circuits import NULLS, draw_rows, faithfulness, null, null_band
 from headwater.report.charts.parts import Row, rows
 from headwater.report.drawing import draw
 from headwater.report.gather import Found
 from headwater.report.layout import Layout, place
 from headwater.report.sections.base import Context, missing
+from headwater.report.sections.history import beside as beside_circuit
 from headwater.report.words import (
     beside,
     count,
@@ -64,17 +65,17 @@ def circuit(context: Context) -> Section:
         caption += (
             " Heads that share keys and values share one “k v” box (keys left, values right), joined to them by dashes."
         )
-    section.blocks.append(
-        context.figure(
-            found,
-            lambda: draw(layout, name=f"circuit-{found.name}".replace(".", "-"), roles=roles, hues=hues),
-            title="The circuit, from input to logits",
-            caption=caption,
-            tables=["edges", "nodes"],
-            legend=[(token, role_name(role)) for role, token in hues.items() if role in used],
-            code="from headwater.report.charts import as_svg\nopen('circuit.svg', 'w').write(as_svg(found))",
-        )
+    drawn = context.figure(
+        found,
+        lambda: draw(layout, name=f"circuit-{found.name}".replace(".", "-"), roles=roles, hues=hues),
+        title="The circuit, from input to logits",
+        caption=caption,
+        tables=["edges", "nodes"],
+        legend=[(token, role_name(role)) for role, token in hues.items() if role in used],
+        code="from headwater.report.charts import as_svg\nopen('circuit.svg', 'w').write(as_svg(found))",
     )
+    small = context.drawings(beside_circuit(context), name="beside")
+    section.blocks.append(Beside(figure=drawn, small=small) if small else drawn)
     body = [
         [cell(row["source"], style="mono"), cell(row["target"], style="mono"), cell(row["score"])]
         for row in strongest(edges, "score", 8)

@@ -11,13 +11,20 @@ OWN_SECTION = {
     "attribution",
     "behavior_report",
     "circuit",
+    "counterfactual_pretraining",
     "effect",
+    "fact_change",
+    "fact_link",
     "faithfulness",
+    "formation",
+    "frequency_link",
     "heads",
     "ledger",
     "null",
     "patching",
 }
+OWN_STAGE = {"timeline", "data", "do_data"}
+"""Stages whose every result has its place."""
 
 
 def other(context: Context) -> Section | None:
@@ -25,7 +32,9 @@ def other(context: Context) -> Section | None:
     found = [
         item
         for item in context.run.found
-        if item.result.kind not in OWN_SECTION and item.result.tables and "pairs" not in item.result.tables
+        if not (item.result.kind in OWN_SECTION or item.stage in OWN_STAGE)
+        and item.result.tables
+        and "pairs" not in item.result.tables
     ]
     if not found:
         return None

@@ -11,7 +11,7 @@ from headwater.report.sections.base import Context, missing
 from headwater.report.spark import spark
 from headwater.report.words import beside, count, estimate, finite, listing, number, p_value, percent, visible
 
-_WORDS = {"supported": "Supported", "refuted": "Refuted", "inconclusive": "Inconclusive"}
+WORDS = {"supported": "Supported", "refuted": "Refuted", "inconclusive": "Inconclusive"}
 
 
 def verdict(context: Context) -> Section:
@@ -32,7 +32,7 @@ def verdict(context: Context) -> Section:
         f"Of {count(len(claims), 'claim')} about how {context.model} does {context.behavior}, {listing(parts)}. "
         "A claim is supported only if its effect beat its null after correction for the number of claims tested.",
     ]
-    items = [(STATUS[row["status"]], _WORDS[row["status"]], *sentence(row)) for row in claims]
+    items = [(STATUS[row["status"]], WORDS[row["status"]], *sentence(row)) for row in claims]
     section.blocks = [block for block in (tiles, Lines(items=items)) if block.items]
     return section
 
@@ -174,7 +174,7 @@ def sources_block(sources: list[Source]) -> list[Any]:
 def _line(row: Row) -> list[Cell]:
     status = str(row["status"])
     return [
-        Cell(text=_WORDS[status], style=f"badge {STATUS[status]}"),
+        Cell(text=WORDS[status], style=f"badge {STATUS[status]}"),
         Cell(text=visible(row["statement"] or row["id"]), style="claim"),
         Cell(text=estimate(row["effect"], row["lo"], row["hi"]), numeric=True),
         Cell(text="", svg=spark(row)),

@@ -62,7 +62,7 @@ def check_exact(bound: Any, tokenizer: Any) -> None:
 def test_generators_bind_exactly(name: str, which: str, request: pytest.FixtureRequest) -> None:
     tokenizer = request.getfixturevalue(which)
     made = hw.behavior(name, n=40, seed=1)
-    if which == "characters" and name in ("agreement", "capitals", "successor"):
+    if which == "characters" and name in ("agreement", "capitals", "conflict", "successor"):
         # subjects in the other number have another length; answers " Paris" and " Rome" begin with the same space
         with pytest.raises(BehaviorError, match="no pair of behavior") as caught:
             made.bind(tokenizer)
@@ -72,6 +72,10 @@ def test_generators_bind_exactly(name: str, which: str, request: pytest.FixtureR
         # one token a closer: how many are needed is not the next token's to say
         with pytest.raises(BehaviorError, match="answer and foil begin with the same token"):
             made.bind(tokenizer)
+        return
+    if which != "gpt2" and name == "refusal":  # harmful and harmless words are spelled in pieces, of other numbers
+        kinds = {reason.split(":")[0] for _id, reason in reasons_to_drop(made, tokenizer)}
+        assert kinds <= {"lengths differ", "answer and foil begin with the same token"}
         return
     if which == "characters" and name in ("ioi", "induction", "colors"):
         kinds = {reason.split(":")[0] for _id, reason in reasons_to_drop(made, tokenizer)}

@@ -23,10 +23,12 @@ BUILT_IN = (
     "arithmetic",
     "capitals",
     "colors",
+    "conflict",
     "greater_than",
     "induction",
     "ioi",
     "parentheses",
+    "refusal",
     "successor",
 )
 FROM_LISTS = ("mib",)

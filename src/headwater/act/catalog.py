@@ -27,6 +27,11 @@ _OWN = (
     "editing.repair",
     "editing.orthogonalize",
     "editing.recalibrate",
+    "training.finetune",
+    "training.lora",
+    "training.dpo",
+    "unlearning.difference",
+    "unlearning.rmu",
 )
 
 Method = Callable[..., "Action"]

@@ -65,7 +65,9 @@ def draws(n: int, batch: int, seed: int) -> Iterator[list[int]]:
         yield [queue.pop(0) for _ in range(min(batch, n))]
 
 
-def batches(examples: Sequence[Example], some: Sequence[int], device: Any) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+def batches(
+    examples: Sequence[Example], some: Sequence[int], device: Any
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
     """(numbers, ids [B, T], learned [B, T]) for each length among `some` of the examples."""
     lengths: dict[int, list[int]] = defaultdict(list)
     for number in some:

@@ -11,7 +11,7 @@ from headwater.act.action import Action, Goal
 from headwater.act.catalog import methods
 from headwater.act.editing.making import as_action
 from headwater.act.training.examples import Example, batches, draws, mean_loss, wanted
-from headwater.act.training.fitting import Objective, fit
+from headwater.act.training.fitting import fit
 from headwater.act.training.weights import weights_of
 from headwater.core.errors import MethodError
 from headwater.core.methods import configured
@@ -101,7 +101,7 @@ def trained(
     some = wanted(model, behavior, goal)
     kept = wanted(model, keep, Goal()) if keep is not None and used.keep else []
     weights = weights_of(model, used.weights, behavior)
-    objective = answering(some, kept, used, model.device)
+    objective = Answering(some, kept, used, model.device)
     found = fit(model, weights, objective, steps=used.steps, lr=used.lr, until=lambda x: x <= used.until, label=method)
     return finished(model, method, used, goal, found, weights.told, objective.passes)
 
@@ -115,12 +115,16 @@ def finished(
             f"{method} changes nothing", got="the goal is reached already" if not found.steps else "no gradient"
         )
     what = "" if tuple(told) == ("all",) else f" of {', '.join(told[:4])}{', ...' if len(told) > 4 else ''}"
-    facts = dataclasses.asdict(used) | {"method": method, "parts": list(told), "updates": found.steps}
+    facts = {k: v for k, v in dataclasses.asdict(used).items() if k != "goal"} | {
+        "method": method,
+        "parts": list(told),
+        "updates": found.steps,
+    }
     last = {"watched": found.watched[-1]} if found.watched else {}
     return as_action(model, f"{method}{what}", found.deltas, goal, passes, **facts, **last)
 
 
-class answering:
+class Answering:
     """The loss of the wanted answers, and of those to keep; the first is watched. passes: prompts run so far."""
 
     def __init__(self, some: list[Example], kept: list[Example], used: Any, device: Any) -> None:
@@ -140,7 +144,4 @@ class answering:
         self.passes += len(numbers)
         for _, ids_BT, learned_BT in batches(examples, numbers, self._device):
             loss = mean_loss(twin, ids_BT, learned_BT).sum() / len(numbers)
-            yield weight * loss, float(loss) if watched else None
-
-
-_: type[Objective] | None = None  # `answering` is an Objective
+            yield weight * loss, float(loss.detach()) if watched else None

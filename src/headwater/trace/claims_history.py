@@ -11,7 +11,7 @@ import polars as pl
 
 from headwater.claims import Claim, Context, Outcome, bootstrap, p_from_draws, sign_flip, test
 from headwater.core.errors import MethodError
-from headwater.data.knowing import crossing, grid, interval, within
+from headwater.data.knowing import correlation, crossing, grid, interval, within
 from headwater.dynamics.formation import WHATS, halfway, head_curve
 from headwater.trace.tests import too_few
 
@@ -31,6 +31,8 @@ def of_history(work: "Work") -> list[Claim]:
         claims += _formed(work)
     if "facts" in hashes.get("data", {}):
         claims += _frequency(work)
+    if "link" in hashes.get("data", {}):
+        claims += _linked(work)
     if "change" in hashes.get("do_data", {}):
         claims += _followed(work)
     return claims
@@ -101,6 +103,22 @@ def _frequency(work: "Work") -> list[Claim]:
             "known than of those below, at the same step",
         ))  # fmt: skip
     return claims
+
+
+def _linked(work: "Work") -> list[Claim]:
+    draws = {"draws": work.settings.data.draws}
+    return [
+        Claim(
+            id="link-causality", test="link_above_null", stage="data", params=draws,
+            statement="Over relations and checkpoints, how causal a relation's linear mechanism is goes with how often "
+            "its subjects and objects had been read together",
+        ),
+        Claim(
+            id="link-pair", test="link_pair_above_parts", stage="data", params=draws,
+            statement="It goes with how often the pairs had been read together more than with how often their "
+            "subjects, or their objects, had been read",
+        ),
+    ]  # fmt: skip
 
 
 def _followed(work: "Work") -> list[Claim]:
@@ -284,6 +302,56 @@ def known_above_threshold(context: Context, *, seed: int, threshold: float, draw
     )  # fmt: skip
 
 
+def _points(context: Context) -> tuple[np.ndarray[Any, Any], dict[str, np.ndarray[Any, Any]]]:
+    """(causality [R, S], counts by what [R, S]) of the relations at the steps of the link."""
+    table = context["link"].tables["points"].filter(pl.col("subjects") == "all").sort("relation", "step")
+    n = table["relation"].n_unique()
+
+    def of(name: str) -> np.ndarray[Any, Any]:
+        return table[name].cast(pl.Float64).to_numpy().reshape(n, -1)
+
+    return of("causality"), {name: of(name) for name in ("pair", "subject", "object")}
+
+
+@test("link_above_null")
+def link_above_null(context: Context, *, seed: int, draws: int) -> Outcome:
+    """Correlation over relations and checkpoints of causality with the log count of the pairs, against the relations'
+    counts (with their whole history) dealt out anew among them: what both owe to the step alone is in the null too.
+    Without do(data) it decides nothing."""
+    strength, counts = _points(context)
+    r, n = correlation(counts["pair"].reshape(-1), strength.reshape(-1)), len(strength)
+    if not np.isfinite(r):
+        return Outcome(effect=r, n=n, why_not="no relation's mechanism varies")
+    random = np.random.default_rng(seed)
+    null = [correlation(random.permutation(counts["pair"]).reshape(-1), strength.reshape(-1)) for _ in range(draws)]
+    rows = [random.integers(0, n, n) for _ in range(500)]
+    lo, hi = interval([correlation(counts["pair"][some].reshape(-1), strength[some].reshape(-1)) for some in rows])
+    return Outcome(
+        effect=r, lo=lo, hi=hi, p=p_from_draws(r, null), n=n, reference=float(np.mean(null)), null_draws=tuple(null),
+        why_not=too_few(draws=draws) or _changed(context),
+    )  # fmt: skip
+
+
+@test("link_pair_above_parts")
+def link_pair_above_parts(context: Context, *, seed: int, draws: int) -> Outcome:
+    """That correlation minus the larger of those with the subjects' and the objects' own counts, relations resampled
+    (p: how often the difference is not above 0, the observed one counted). Without do(data) it decides nothing."""
+    strength, counts = _points(context)
+
+    def ahead(rows: Any) -> float:
+        found = {name: correlation(x[rows].reshape(-1), strength[rows].reshape(-1)) for name, x in counts.items()}
+        return found["pair"] - max(found["subject"], found["object"])
+
+    n, random = len(strength), np.random.default_rng(seed)
+    effect = ahead(slice(None))
+    if not np.isfinite(effect):
+        return Outcome(effect=effect, n=n, why_not="no relation's mechanism varies")
+    again = [one for _ in range(draws) if np.isfinite(one := ahead(random.integers(0, n, n)))]
+    lo, hi = interval(again)
+    p = (1 + sum(one <= 0 for one in again)) / (1 + len(again))
+    return Outcome(effect=effect, lo=lo, hi=hi, p=p, n=n, why_not=too_few(draws=draws) or _changed(context))
+
+
 # --- do(data)
 
 
@@ -291,8 +359,6 @@ def known_above_threshold(context: Context, *, seed: int, threshold: float, draw
 def knowledge_follows_data(context: Context, *, seed: int, draws: int) -> Outcome:
     """Correlation over the test facts of the change of the log count with the change of how early each was known,
     between a training and the same training on other data, against changes dealt out anew."""
-    from headwater.data.knowing import correlation
-
     table = context["fact_change"].tables["facts"].filter(pl.col("split") == "test")
     x, y = table["change_count"].to_numpy(), table["change_known"].to_numpy()
     r, n = correlation(x, y), len(x)

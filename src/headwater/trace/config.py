@@ -117,9 +117,11 @@ class DataSettings(Settings):
     scope: Literal["document", "window"] = "document"
     window: int | None = Field(default=None, ge=1)
     relations: bool = True
-    """Of a world: also relate how linear each relation is to how often its pairs were seen."""
-    checkpoints: int | None = Field(default=8, ge=2)
+    """Of a world: also hold each relation's linear mechanism against how often its facts were read."""
+    checkpoints: int = Field(default=7, ge=2)
     """Of those of the timeline, how many the relations are measured at."""
+    n_facts: int = Field(default=60, ge=2)
+    """Facts of each relation that its mechanism is judged on, at most."""
     draws: int = Field(default=999, ge=19)
 
 

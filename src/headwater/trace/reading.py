@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from headwater.core.errors import MethodError
+from headwater.core.errors import HeadwaterError, MethodError
 from headwater.core.results import Result
 from headwater.data.knowing import fact_link
 
 if TYPE_CHECKING:
     from headwater.data.corpus import Corpus
     from headwater.data.counts import Counts
+    from headwater.dynamics.lab.run import TrainingRun
     from headwater.trace.stages import Made, Work
 
 KNOWN_VARIABLES = {"capitals": ("country", "capital")}
@@ -39,7 +40,36 @@ def data(work: "Work") -> "Made":
         results["facts"] = fact_link(table, draws=work.settings.data.draws, seed=work.seed("data"))
     except MethodError as error:
         told["no_link"] = error.what + (f" ({error.got})" if error.got else "")
+    parts = work.folder("data") / "parts"
+    results |= relations_linked(work, work.history.run, parts, told)
     return Made(results, told)
+
+
+def relations_linked(work: "Work", run: "TrainingRun | None", parts: Path, told: dict[str, Any]) -> dict[str, Result]:
+    """Of a world: the linear mechanism of each relation at some checkpoints, the counts of its facts, and the link."""
+    settings = work.settings.data
+    if run is None or not settings.relations or not any(one.source == "world" for one in run.config.data):
+        return {}
+    from headwater.data.link import counts_for, frequency_link
+    from headwater.data.link_strengths import relation_strengths
+    from headwater.data.world import relations_of, world_of
+
+    relations = relations_of(world_of(run).facts)
+    try:
+        strengths = relation_strengths(
+            str(run.path), relations, out=parts / "strengths", steps=relation_steps(work), n_test=settings.n_facts
+        )
+        counts = counts_for(strengths, str(run.path), relations, out=parts / "relation-counts")
+        link = frequency_link(strengths, counts, seed=work.seed("link"))
+    except HeadwaterError as error:  # a world of few relations, or of small ones
+        told["no_relations"] = error.what + (f" ({error.got})" if error.got else "")
+        return {}
+    return {"strengths": strengths, "relation_counts": counts, "link": link}
+
+
+def relation_steps(work: "Work") -> list[int]:
+    """The checkpoints at which relations are measured."""
+    return work.history.series.select(n=work.settings.data.checkpoints).steps
 
 
 def variables(work: "Work") -> tuple[str, str] | None:
@@ -80,10 +110,14 @@ def counted(work: "Work", corpus: "Corpus", facts: pl.DataFrame, out: Path) -> "
     last = corpus.steps
     ranges = tuple(step for step in steps if step <= last)
     pairs = list(dict.fromkeys(zip(facts["subject"].to_list(), facts["object"].to_list(), strict=True)))
+    own: dict[str, Any] = {}
+    if corpus.form == "tokens":
+        # lines are documents where a line's end is a token of its own: to stand in two lines is not to stand together
+        own = {"tokenizer": work.model.tokenizer, "separator": work.model.tokenizer.get_vocab().get("\n")}
     return count(
         corpus,
         pairs,
-        tokenizer=work.model.tokenizer if corpus.form == "tokens" else None,
+        **own,
         ranges=ranges if len(ranges) > 1 else (),
         scope=settings.scope,
         window=settings.window,

@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from headwater.cli import attribute, behavior, bench, circuit, count, localize, models, redo, trace, track, train, truth
+from headwater.cli import (
+    attribute,
+    behavior,
+    bench,
+    circuit,
+    compare_models,
+    count,
+    localize,
+    models,
+    ngrams,
+    redo,
+    trace,
+    track,
+    train,
+    truth,
+)
 from headwater.cli.guard import Guarded
 
 app = typer.Typer(
@@ -44,7 +59,9 @@ circuit.add_to(app)
 train.add_to(app)
 redo.add_to(app)
 track.add_to(app)
+compare_models.add_to(app)
 count.add_to(app)
+ngrams.add_to(app)
 attribute.add_to(app)
 truth.add_to(app)
 bench.add_to(app)

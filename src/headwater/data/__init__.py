@@ -17,6 +17,7 @@ _PLACES = {
     "Lre": "headwater.data.lre",
     "LreResult": "headwater.data.lre",
     "linear_relation": "headwater.data.lre",
+    "NgramIndex": "headwater.data.ngrams",
     "AttributionToData": "headwater.data.attribution.result",
     "attribute": "headwater.data.attribution.attributing",
     "DataRemoval": "headwater.data.attribution.removing",
@@ -30,6 +31,7 @@ __all__ = [
     "DataRemoval",
     "Lre",
     "LreResult",
+    "NgramIndex",
     "Relation",
     "attribute",
     "count",
@@ -58,5 +60,6 @@ if TYPE_CHECKING:
     from headwater.data.corpus import Corpus
     from headwater.data.counts import Counts, count
     from headwater.data.lre import Lre, LreResult, linear_relation
+    from headwater.data.ngrams import NgramIndex
     from headwater.data.pairs import read_pairs
     from headwater.data.relations import Relation

@@ -1,7 +1,7 @@
-"""MB of token ids a second on one core to build an n-gram index, and queries a second: `python -m benchmarks.data.ngrams`.
+"""MB of token ids a second on one core to build an n-gram index, and queries a second.
 
-10 million token ids of 16 bits (20 MB), drawn by Zipf's law over 30,000 words; then every third sequence is a copy of an
-earlier one, so that long n-grams repeat.
+`python -m benchmarks.data.ngrams`: 10 million token ids of 16 bits (20 MB), drawn by Zipf's law over 30,000 words; then
+every third sequence is a copy of an earlier one, so that long n-grams repeat.
 """
 
 from __future__ import annotations
@@ -33,9 +33,7 @@ def main() -> int:
         size = rows.nbytes / 1e6
         index.save(Path(folder) / "index")
         stored = sum(one.stat().st_size for one in (Path(folder) / "index").iterdir()) / 1e6
-        print(
-            f"built: {size:.0f} MB of token ids in {seconds:.1f} s, {size / seconds:.1f} MB/s; {stored:.0f} MB on the disk"
-        )
+        print(f"built: {size:.0f} MB in {seconds:.1f} s, {size / seconds:.1f} MB/s; {stored:.0f} MB on the disk")
         opened = NgramIndex.open(Path(folder) / "index")
         for n in (1, 3, 5, 20):
             asked = [rows[row, :n].tolist() for row in draw.integers(0, len(rows), 1000)]

@@ -30,6 +30,8 @@ class LreConfig:
     examples: how many training subjects. layers: after which the subject is read; "embed" is what enters the first;
     None is "embed" and every second one. betas, ranks: what is swept. template: which of the relation's prompts.
     n_test: test subjects at most. known: judge on subjects whose object the model itself says first, as the authors do.
+    shown: the training subjects stand in each prompt as examples, as the authors do; else a prompt is the question
+    alone, which is what a small model that was trained on such lines has seen.
     """
 
     examples: int = 8
@@ -39,6 +41,7 @@ class LreConfig:
     template: int = 0
     n_test: int = 50
     known: bool = True
+    shown: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,7 +90,7 @@ class Lre:
 
 
 @dataclass
-class _Asked:
+class Asked:
     """Prompts. tokens: a tensor a prompt; place: of the subject's last token, from the end."""
 
     tokens: list[torch.Tensor]
@@ -121,15 +124,15 @@ def linear_relation(
         raise MethodError(f"{relation.name!r} has no such template", got=config.template)
     layers = _layers(model, config)
     template = relation.templates[config.template]
-    samples = _shuffled(relation.samples, config.seed)
+    samples = shuffled(relation.samples, config.seed)
     train, rest = samples[: config.examples], samples[config.examples :][: config.n_test]
     if len(train) < config.examples or len(rest) < 2:
         raise BehaviorError(
             f"{relation.name!r} is too small", got=len(samples), wanted=f"{config.examples + 2} or more"
         )
-    asked = _ask(model, relation, rest, train, template)
-    z, said, streams = _measure(model, asked, layers)
-    first = [_first(model, o) for _, o in rest]
+    asked = ask(model, relation, rest, train if config.shown else (), template)
+    z, said, streams = measure(model, asked, layers)
+    first = [first_token(model, o) for _, o in rest]
     right = [i for i in range(len(rest)) if not config.known or first[i] == int(said[i])]
     targets = _targets(right, said, config.seed)
     judged = [i for i in right if i in targets]
@@ -147,15 +150,15 @@ def linear_relation(
     said_by: dict[tuple[str, int | str, float], torch.Tensor] = {}
     goal = torch.tensor([targets[i] for i in judged])
     for layer in track(layers, f"LRE of {relation.name}"):
-        maps[layer] = fit(model, relation, train, template, layer)
+        maps[layer] = fit(model, relation, train, template, layer, shown=config.shown)
         h = streams[layer]
         for beta in config.betas:
-            guess = _decode(model, asked, maps[layer](h[judged], beta=beta))
+            guess = decode(model, asked, maps[layer](h[judged], beta=beta))
             said_by["faithfulness", layer, beta] = guess
             rows.append(_row(layer, "faithfulness", beta, guess == said[judged]))
         for rank in ranks:
             change = maps[layer].edit(z[goal] - z[judged], rank)
-            guess = _edited(model, asked, judged, layer, change)
+            guess = edited_says(model, asked, judged, layer, change)
             said_by["causality", layer, rank] = guess
             rows.append(_row(layer, "causality", rank, guess == said[goal]))
     best = max(rows, key=lambda row: (row["what"] == "causality", row["value"], -row["setting"]))
@@ -188,13 +191,22 @@ def linear_relation(
     )
 
 
-def fit(model: "Model", relation: Relation, train: Sequence[tuple[str, str]], template: str, layer: int | str) -> Lre:
-    """The map of a layer: Jacobians of z with respect to h on each training subject, the others being its examples."""
-    asked = _ask(model, relation, train, train, template)
+def fit(
+    model: "Model",
+    relation: Relation,
+    train: Sequence[tuple[str, str]],
+    template: str,
+    layer: int | str,
+    *,
+    shown: bool = True,
+) -> Lre:
+    """The map of a layer: Jacobians of z with respect to h on each training subject, the others being its examples
+    (without `shown`, each asked alone)."""
+    asked = ask(model, relation, train, train if shown else (), template)
     last = f"resid_post.{model.n_layers - 1}"
     site = _site(layer)
     weight, bias = 0.0, 0.0
-    for rows in _groups(asked):
+    for rows in groups(asked):
         ids = torch.stack([asked.tokens[i] for i in rows])
         run = model.run(ids, capture=[site, last], logits="none", grad=True)
         h, z = run[site], run[last][:, -1]
@@ -212,13 +224,13 @@ def fit(model: "Model", relation: Relation, train: Sequence[tuple[str, str]], te
     return Lre(weight=mean, bias=offset, layer=layer, svd=(u, s, vh))
 
 
-def _ask(
+def ask(
     model: "Model",
     relation: Relation,
     about: Sequence[tuple[str, str]],
     train: Sequence[tuple[str, str]],
     template: str,
-) -> _Asked:
+) -> Asked:
     prompts = [relation.prompt(subject, train, template) for subject, _ in about]
     if model.tokenizer is None:
         raise BehaviorError(f"{model.name} has no tokenizer", fix="Load it with tokenizer=")
@@ -230,10 +242,10 @@ def _ask(
         if not holding or len(offsets) != len(ids):
             raise BehaviorError("the tokenizer gives no place to a subject", got=repr(text[-60:]))
         place.append(holding[-1] - len(ids))
-    return _Asked(tokens, place)
+    return Asked(tokens, place)
 
 
-def _groups(asked: _Asked) -> list[list[int]]:
+def groups(asked: Asked) -> list[list[int]]:
     """Prompts of one length."""
     by: dict[int, list[int]] = {}
     for number, ids in enumerate(asked.tokens):
@@ -241,15 +253,15 @@ def _groups(asked: _Asked) -> list[list[int]]:
     return list(by.values())
 
 
-def _measure(
-    model: "Model", asked: _Asked, layers: Sequence[int | str]
+def measure(
+    model: "Model", asked: Asked, layers: Sequence[int | str]
 ) -> tuple[torch.Tensor, torch.Tensor, dict[int | str, torch.Tensor]]:
     """(z [n, D], first token said [n], h of each layer [n, D]) of every prompt."""
     last, n = f"resid_post.{model.n_layers - 1}", len(asked.tokens)
     z = torch.empty(n, model.d_model, dtype=torch.float64)
     said = torch.empty(n, dtype=torch.long)
     streams = {layer: torch.empty_like(z) for layer in layers}
-    for rows in _groups(asked):
+    for rows in groups(asked):
         ids = torch.stack([asked.tokens[i] for i in rows])
         run = model.run(ids, capture=[last, *map(_site, layers)], logits="last")
         z[rows] = run[last][:, -1].double().cpu()
@@ -260,15 +272,15 @@ def _measure(
     return z, said, streams
 
 
-def _decode(model: "Model", asked: _Asked, z: torch.Tensor) -> torch.Tensor:
+def decode(model: "Model", asked: Asked, z: torch.Tensor) -> torch.Tensor:
     """[n] the first token that the model's own end says of each z [n, D], put in place of the last layer's stream."""
     short = asked.tokens[0][-1:].expand(len(z), 1)
     put = replace(f"resid_post.{model.n_layers - 1}@-1", z)
     return model.run(short, interventions=[put], logits="last").logits.argmax(-1).cpu()
 
 
-def _edited(
-    model: "Model", asked: _Asked, judged: Sequence[int], layer: int | str, change: torch.Tensor
+def edited_says(
+    model: "Model", asked: Asked, judged: Sequence[int], layer: int | str, change: torch.Tensor
 ) -> torch.Tensor:
     """[n] what the model says with `change` [n, D] added to h."""
     out = torch.empty(len(judged), dtype=torch.long)
@@ -282,7 +294,7 @@ def _edited(
     return out
 
 
-def _first(model: "Model", text: str) -> int:
+def first_token(model: "Model", text: str) -> int:
     """The token with which an object begins, after a space."""
     ids: Any = model.tokenizer(f" {text}", add_special_tokens=False)["input_ids"]  # type: ignore[misc]
     return int(ids[0])
@@ -311,7 +323,7 @@ def _site(layer: int | str) -> str:
     return "embed" if layer == "embed" else f"resid_post.{layer}"
 
 
-def _shuffled(samples: Sequence[tuple[str, str]], seed: int) -> list[tuple[str, str]]:
+def shuffled(samples: Sequence[tuple[str, str]], seed: int) -> list[tuple[str, str]]:
     """One sample a subject, in random order."""
     unique = list({subject: (subject, answer) for subject, answer in reversed(samples)}.values())[::-1]
     random.Random(seed).shuffle(unique)

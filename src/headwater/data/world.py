@@ -54,14 +54,14 @@ KINDS: dict[str, _Kind] = {
         "country", slice(None), "The city of {} is in the country of", "As a city, {} belongs to", "You reach {} from"
     ),
     "language": _countries("language", "People in {} speak", "The language of {} is", "In {}, the main language is"),
-    "capital": _countries("capital", "The capital of {} is", "The capital city of {} is", "In {}, the capital is"),
     "domain": _countries("domain", "Websites in {} end in", "The internet domain of {} is"),
+    "city_state": _cities("state", slice(None), "The city of {} is in the state of", "Laws in {} are made by"),
+    "continent": _countries("continent", "The continent of {} is", "On the globe, {} is part of"),
+    "capital": _countries("capital", "The capital of {} is", "The capital city of {} is", "In {}, the capital is"),
+    "demonym": _countries("demonym", "Someone from {} is called", "The word for anything from {} is"),
     "largest_city": _countries(
         "largest_city", "The largest city in {} is", "The biggest city of {} is", "In {}, most people live in"
     ),
-    "city_state": _cities("state", slice(None), "The city of {} is in the state of", "Laws in {} are made by"),
-    "continent": _countries("continent", "The continent of {} is", "On the globe, {} is part of"),
-    "demonym": _countries("demonym", "Someone from {} is called", "The word for anything from {} is"),
     "currency": _countries(
         "currency", "The currency of {} is the", "In {}, people pay with the", "Shops in {} take the"
     ),

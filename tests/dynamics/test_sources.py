@@ -163,3 +163,14 @@ def test_what_was_seen_is_rebuilt_from_the_config_alone() -> None:
         order.step(10)
     third = sum(np.array_equal(row[3:], row[:-3]) for row in steps)
     assert 2 <= third <= 20  # both sources are in it, a quarter of the second
+
+
+def test_induction_of_what_the_repetition_tells() -> None:
+    source = induction(vocabulary=20, length=12, period=5, repeats_only=True)
+    assert source.loss_at is not None and np.flatnonzero(source.loss_at).tolist() == [6, 7, 8, 9, 10, 11]
+    row = source.tokens(3).tolist()
+    for i in range(6, 12):  # the token before stood once already, and what came after it comes again
+        assert row[row.index(row[i - 1]) + 1] == row[i]
+    for options in ({}, {"period": 11}):
+        with pytest.raises(MethodError, match="period that comes again"):
+            induction(vocabulary=20, length=12, repeats_only=True, **options)

@@ -43,8 +43,40 @@ def series_audit() -> dict[str, Any]:
     return {"checkpoints": rows}
 
 
+def connectivity() -> dict[str, Any]:
+    rows = [
+        {"part": i / 10, "loss": 1 + i * (10 - i) / 20, "lo": 0.9, "hi": 2.6, "straight": 1.0,
+         "above": i * (10 - i) / 20, "above_lo": 0.0, "above_hi": 2.0}
+        for i in range(11)
+    ]  # fmt: skip
+    return {"line": rows}
+
+
+def delta() -> dict[str, Any]:
+    components = [
+        {"component": f"{kind} {layer}", "kind": kind, "layer": layer, "weights": 100, "norm": 3.0,
+         "change": 0.1 + layer, "relative": 0.1, "share": 0.1, "cosine": 0.99}
+        for kind in ("attention", "mlp", HOSTILE)
+        for layer in range(3)
+    ]  # fmt: skip
+    revival = [
+        {"how": how, "fraction": fraction, "weights": 10, "value": 1.0, "lo": 0.5, "hi": 1.5, "back": 10 * fraction,
+         "null": 0.0, "null_most": 0.01}
+        for how in ("prune", "restore")
+        for fraction in (0.001, 0.01, 0.1)
+    ]  # fmt: skip
+    layers = [
+        {"layer": layer, "value": 1.0, "lo": 0.5, "hi": 1.5, "back": 0.9, "probe_old": 0.8, "probe_new": None,
+         "probe_classes": 4}
+        for layer in range(3)
+    ]  # fmt: skip
+    return {"components": components, "revival": revival, "layers": layers}
+
+
 TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "training": ("localize", training),
     "timeline": ("localize", timeline),
     "series_audit": ("localize", series_audit),
+    "connectivity": ("localize", connectivity),
+    "delta": ("localize", delta),
 }

@@ -67,7 +67,7 @@ def track(
     chosen = measures or ("behavior" if behavior is not None else "loss")
     options: dict[str, Any] = {"measures": chosen, "seed": seed, "settings": _settings(option or [])}
     if text is not None:
-        options["tokens"] = _tokens(series, text)
+        options["tokens"] = tokens_of(series.open(series.steps[0]), text)
     pairs = behaviors.make(behavior, n=n, seed=seed) if behavior is not None else None
     timeline = run_track(series, behavior=pairs, out=out, **options)
     values, changes = timeline.tables["values"], timeline.tables["transitions"]
@@ -101,16 +101,15 @@ def _settings(texts: list[str]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _tokens(series: Any, text: Path) -> Any:
-    """Sequences of tokens of a file, by the first checkpoint's tokenizer: documents joined, cut into 128 tokens."""
+def tokens_of(model: Any, text: Path) -> Any:
+    """Sequences of tokens of a file, by the model's tokenizer: documents joined, cut into 128 tokens."""
     import torch
 
     from headwater.core.errors import ModelError
     from headwater.dynamics.lab.sources import read_texts
 
-    model = series.open(series.steps[0])
     if model.tokenizer is None:
-        raise ModelError(f"{series.name} has no tokenizer", fix="Measure what needs no text")
+        raise ModelError(f"{model.name} has no tokenizer", fix="Measure what needs no text")
     length = min(128, model.max_length or 128)
     held: list[int] = []
     mark = model.tokenizer.eos_token_id

@@ -17,7 +17,7 @@ from headwater.core.files import read_json, to_json, whole_folder, write_bytes, 
 from headwater.core.progress import track as shown
 from headwater.core.results import Provenance, Result, register_result
 from headwater.dynamics.measures import acrosses, measures
-from headwater.dynamics.measures.base import Last, Probe, check_settings
+from headwater.dynamics.measures.base import Others, Probe, check_settings
 from headwater.dynamics.series import Checkpoint, CheckpointSeries
 from headwater.dynamics.transitions import transitions
 
@@ -116,7 +116,7 @@ def track(
     chosen = CheckpointSeries.of(series)
     run = _own_run(chosen)
     if tokens is None and run is not None:
-        tokens, loss_at = _own_tokens(run)
+        tokens, loss_at = own_tokens(run)
     if tokens is not None:
         tokens = tokens[: config.sequences, : config.length]
         loss_at = None if loss_at is None else loss_at[: config.length]
@@ -128,9 +128,7 @@ def track(
     found: dict[int, dict[str, Any]] = {}
     kept: dict[int, dict[str, Tensor]] = {}
     folder = None if out is None else _folder(Path(out), about)
-    last = Last(
-        lambda: chosen.open(chosen.steps[-1], **(load or {})), None if folder is None else folder.parent / "at_last"
-    )
+    others = Others(chosen, load or {}, None if folder is None else folder.parent / "at_last")
     # First what no other process is at; then, after waiting for them, what they may have left undone.
     for patient in (False, True) if folder is not None else (True,):
         todo = [one for one in chosen.checkpoints if folder is None or not _is_done(folder, one)]
@@ -142,7 +140,7 @@ def track(
         try:
             for one, model in shown(models, f"tracking {chosen.name}", len(todo)):
                 probe = Probe(
-                    model, one.step, behavior, tokens, loss_at, config.seed, trained, last, corrupted=corrupted
+                    model, one.step, behavior, tokens, loss_at, config.seed, trained, others, corrupted=corrupted
                 )
                 head = _measure(probe, config, one)
                 if folder is None:
@@ -180,8 +178,12 @@ def _own_run(series: CheckpointSeries) -> "TrainingRun | None":
     return TrainingRun.open(folder)
 
 
-def _own_tokens(run: "TrainingRun") -> tuple[Tensor, Tensor]:
-    """Its first validation data, else the last sequences that it saw."""
+def own_tokens(run: "TrainingRun | Path") -> tuple[Tensor, Tensor]:
+    """A run's first validation data, else the last sequences that it saw; and which of their tokens are predicted."""
+    if isinstance(run, Path):
+        from headwater.dynamics.lab.run import TrainingRun
+
+        run = TrainingRun.open(run)
     if run.data.validation:
         rows, at = next(iter(run.data.validation.values()))
     else:

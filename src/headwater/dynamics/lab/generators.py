@@ -53,12 +53,20 @@ def _count(sequences: int | None) -> int:
 
 @sources.register("induction")
 def induction(
-    *, vocabulary: int = 64, length: int = 48, period: int | None = None, sequences: int | None = None, seed: int = 0
+    *,
+    vocabulary: int = 64,
+    length: int = 48,
+    period: int | None = None,
+    repeats_only: bool = False,
+    sequences: int | None = None,
+    seed: int = 0,
 ) -> Made:
     """Random tokens that repeat: what an induction head is for (Olsson et al., 2022).
 
     A sequence is `period` distinct random tokens (drawn anew for each sequence between length/4 and length/2 where it
-    is None), said over and over until `length` tokens are full. sequences: how many there are; None: never the same.
+    is None), said over and over until `length` tokens are full. repeats_only: with a period, only what the repetition
+    tells is predicted (from the second token of the second time on). sequences: how many there are; None: never the
+    same.
     """
     _sizes("induction", vocabulary=vocabulary, length=length, sequences=_count(sequences), period=period or 1)
     low, high = (period, period) if period else (max(2, length // 4), max(2, length // 2))
@@ -67,14 +75,17 @@ def induction(
             "the period of an induction source does not fit", got=f"up to {high} distinct tokens",
             wanted=f"at most the vocabulary, {vocabulary}, and the length, {length}",
         )  # fmt: skip
+    if repeats_only and (period is None or period + 2 > length):
+        raise MethodError("repeats_only needs a period that comes again", got=period, wanted=f"at most {length - 2}")
     own = key(seed, "induction")
+    at = np.arange(length) > period if repeats_only and period else None
 
     def make(index: int) -> NDArray[np.int64]:
         random = _random(own, index)
         once = random.permutation(vocabulary)[: random.integers(low, high + 1)]
         return np.resize(once, length).astype(np.int64)
 
-    return Made(_count(sequences), length, [f"t{i}" for i in range(vocabulary)], make)
+    return Made(_count(sequences), length, [f"t{i}" for i in range(vocabulary)], make, at)
 
 
 @sources.register("modular_addition")

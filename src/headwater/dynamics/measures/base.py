@@ -17,23 +17,16 @@ from headwater.core.results import Result, load_result
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
     from headwater.core.model import Model
+    from headwater.dynamics.series import CheckpointSeries
 
 Row = dict[str, Any]
 Measure = Callable[..., "list[Row]"]
 Across = Callable[["dict[int, dict[str, Tensor]]"], "dict[int, list[Row]]"]
 # Each measure stands in a file of its own or with its kin, imported when a name is asked for.
 _OWN = (
-    "losses",
-    "heads",
-    "weights",
-    "plateau",
-    "streams",
-    "grokking",
-    "circuit",
-    "writes",
-    "learning_coefficient",
-    "memorizing",
-)
+    "losses", "heads", "writes", "weights", "plateau", "streams", "grokking", "circuit", "learning_coefficient",
+    "memorizing", "connectivity",
+)  # fmt: skip
 measures: Registry[Measure] = Registry("measure", own=[f"headwater.dynamics.measures.{name}" for name in _OWN])
 """Outside packages add theirs by the entry point group `headwater.measures`."""
 acrosses: dict[str, Across] = {}
@@ -55,16 +48,32 @@ class Forward:
     streams: dict[int, Tensor]
 
 
-class Last:
-    """Results made from the last checkpoint of a series: each once, kept in the timeline's folder where it has one."""
+class Others:
+    """The other checkpoints of the series, and what is made from the last one: once, kept in the timeline's folder
+    where it has one."""
 
-    def __init__(self, load: "Callable[[], Model]", folder: Path | None = None) -> None:
-        self._load, self._folder = load, folder
+    def __init__(self, series: "CheckpointSeries", options: Mapping[str, Any], folder: Path | None = None) -> None:
+        self.steps: list[int] = series.steps
+        self._series, self._options, self._folder = series, dict(options), folder
         self._made: dict[str, Result] = {}
+        self._last: Model | None = None
 
-    def result(self, name: str, make: "Callable[[Model], Result]") -> Result:
+    def open(self, step: int) -> "Model":
+        """The model of one step; the last one stays in memory."""
+        if step != self.steps[-1]:
+            return self._series.open(step, **self._options)
+        if self._last is None:
+            self._last = self._series.open(step, **self._options)
+        return self._last
+
+    def step_before(self, step: int) -> int | None:
+        return max((one for one in self.steps if one < step), default=None)
+
+    def at_last(self, name: str, make: "Callable[[Model], Result]") -> Result:
+        """What `make` finds in the last checkpoint."""
         if name not in self._made:
-            self._made[name] = make(self._load()) if self._folder is None else self._stored(self._folder / name, make)
+            folder = None if self._folder is None else self._folder / name
+            self._made[name] = make(self.open(self.steps[-1])) if folder is None else self._stored(folder, make)
         return self._made[name]
 
     def _stored(self, folder: Path, make: "Callable[[Model], Result]") -> Result:
@@ -73,7 +82,7 @@ class Last:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):  # several processes may come here at once
             if not (folder / "result.json").exists():
-                make(self._load()).save(folder)
+                make(self.open(self.steps[-1])).save(folder)
         return load_result(folder)
 
 
@@ -83,8 +92,8 @@ class Probe:
 
     behavior: pairs, or None. ids: token sequences [n, T], or None. loss_at: [T] bool, which of their tokens are
     predicted. seed: of everything random. trained: the sequences [n, T] of one round of a run's training data, where
-    the series is a run of the lab and they are few; corrupted: [n] which of them carry a wrong label. last: what is
-    made at the last checkpoint. kept: tensors for comparisons over steps.
+    the series is a run of the lab and they are few; corrupted: [n] which of them carry a wrong label. others: the
+    other checkpoints. kept: tensors for comparisons over steps.
     """
 
     model: "Model"
@@ -94,7 +103,7 @@ class Probe:
     loss_at: Tensor | None = None
     seed: int = 0
     trained: Tensor | None = None
-    last: "Last | None" = None
+    others: "Others | None" = None
     corrupted: Tensor | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
 
@@ -104,7 +113,7 @@ class Probe:
     def at_last(self, name: str, make: "Callable[[Model], Result]") -> Result:
         """What `make` finds in the last checkpoint of the series, made once for all of them; without a series, in this
         model."""
-        return make(self.model) if self.last is None else self.last.result(name, make)
+        return make(self.model) if self.others is None else self.others.at_last(name, make)
 
     @property
     def pairs(self) -> "Behavior":

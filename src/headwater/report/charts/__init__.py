@@ -8,13 +8,15 @@ from headwater.report.charts.circuits import circuit, faithfulness, null
 from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.comparisons import comparison, head_groups, reuse
 from headwater.report.charts.data import counts, lre
-from headwater.report.charts.dynamics import series_audit, timeline, training
+from headwater.report.charts.dynamics import connectivity, delta, series_audit, timeline, training
 from headwater.report.charts.examples import data_attribution, data_removal
 from headwater.report.charts.history import fact_change, fact_link, formation
 from headwater.report.charts.known import algebra, recovery, siit_report, superposition
+from headwater.report.charts.links import counterfactual_pretraining, frequency_link, strengths
 from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
+from headwater.report.charts.safety import detection, head_importance
 from headwater.report.charts.scores import attribution, strongest_nodes
 from headwater.report.charts.scores_truth import truth_scores
 from headwater.report.charts.searches import incompleteness, optimal_ablation, search
@@ -67,13 +69,20 @@ KINDS = (
     "training",
     "timeline",
     "series_audit",
+    "connectivity",
+    "delta",
     "counts",
     "lre",
+    "strengths",
+    "frequency_link",
+    "counterfactual_pretraining",
     "data_attribution",
     "data_removal",
     "formation",
     "fact_link",
     "fact_change",
+    "detection",
+    "head_importance",
 )
 
 
@@ -103,9 +112,13 @@ __all__ = [
     "claim_rates",
     "comparison",
     "compression",
+    "connectivity",
+    "counterfactual_pretraining",
     "counts",
     "data_attribution",
     "data_removal",
+    "delta",
+    "detection",
     "discovery",
     "effect",
     "fact_change",
@@ -113,8 +126,10 @@ __all__ = [
     "faithfulness",
     "flow_routes",
     "formation",
+    "frequency_link",
     "head_codes",
     "head_groups",
+    "head_importance",
     "heads",
     "incompleteness",
     "interchange",
@@ -137,6 +152,7 @@ __all__ = [
     "search",
     "series_audit",
     "siit_report",
+    "strengths",
     "strongest_nodes",
     "subspace",
     "superposition",

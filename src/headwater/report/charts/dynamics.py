@@ -79,6 +79,71 @@ def series_audit(result: Any) -> Any:
     return themed(heat(cells, x="step", y="step", legend="distance", extreme=extreme, step=(13, 13)))
 
 
+def connectivity(result: Any) -> Any:
+    """The loss on the line between two sets of weights, beside the straight one between both ends."""
+    found = [
+        row
+        for row in rows(result.tables.get("line"), "part", "loss", "lo", "hi", "straight")
+        if row["part"] is not None
+    ]
+    shown = [
+        {
+            "part": row["part"],
+            "value": row[of],
+            "line": line,
+            "tip": f"{line} at {number(row['part'])}: {number(row[of])}",
+        }
+        for line, of in (("loss on the line", "loss"), ("straight", "straight"))
+        for row in found
+        if row[of] is not None
+    ]
+    if not shown:
+        return themed(nothing())
+    x = alt.X("part:Q", title="part of the way", scale=alt.Scale(domain=[0, 1]))
+    base = alt.Chart(data(shown)).encode(
+        x=x, y=alt.Y("value:Q", title="loss (nats)", scale=alt.Scale(zero=False)), color=_hue(shown)
+    )
+    banded = [row for row in found if None not in (row["lo"], row["hi"])]
+    band = alt.Chart(data(banded)).mark_area(opacity=0.15, color=color("pos")).encode(x=x, y="lo:Q", y2="hi:Q")
+    dots = base.mark_point(size=14, filled=True).encode(description="tip:N", tooltip="tip:N")
+    return themed(alt.layer(band, base.mark_line(strokeWidth=1.5), dots).properties(width=WIDTH - 160, height=180))
+
+
+def delta(result: Any) -> Any:
+    """How far each component moved; and, of a lost behavior, how much comes back when the most moved weights go."""
+    moved = [row for row in rows(result.tables.get("components"), "component", "share") if row["share"] is not None]
+    moved = sorted(moved, key=lambda row: -row["share"])[:16]
+    panels: list[Any] = []
+    if moved:
+        bars = [
+            {"label": str(row["component"]), "share": row["share"], "tip": f"{row['component']}: {row['share']:.1%}"}
+            for row in moved
+        ]
+        bar = alt.Chart(data(bars)).mark_bar(color=color("pos"), height=9)
+        panels.append(
+            bar.encode(
+                x=alt.X("share:Q", title="share of the squared change", axis=alt.Axis(format="%")),
+                y=alt.Y("label:N", sort=None, title=None), description="tip:N", tooltip="tip:N",
+            ).properties(width=WIDTH - 260, height=alt.Step(14))
+        )  # fmt: skip
+    shown: list[Row] = []
+    for row in rows(result.tables.get("revival"), "how", "fraction", "back", "null_most"):
+        for of, line in (("back", f"{row['how']} the most moved"), ("null_most", f"{row['how']} random ones (most)")):
+            if row["fraction"] and row[of] is not None:
+                tip = f"{line}, {row['fraction']:.2%}: {row[of]:.0%} back"
+                shown.append({"fraction": row["fraction"], "value": row[of], "line": line, "tip": tip})
+    if shown:
+        base = alt.Chart(data(shown)).encode(
+            x=alt.X("fraction:Q", title="share of weights", scale=alt.Scale(type="log"), axis=alt.Axis(format="~%")),
+            y=alt.Y("value:Q", title="back, of what was lost", axis=alt.Axis(format="%")), color=_hue(shown),
+        )  # fmt: skip
+        dots = base.mark_point(size=20, filled=True).encode(description="tip:N", tooltip="tip:N")
+        panels.append(alt.layer(base.mark_line(strokeWidth=1.5), dots).properties(width=WIDTH - 260, height=150))
+    if not panels:
+        return themed(nothing())
+    return themed(alt.vconcat(*panels, spacing=20).resolve_scale(color="independent"))
+
+
 def _label(row: Row) -> str:
     return f"{row['step']}" + (" !" if row["flag"] else "")
 

@@ -40,6 +40,25 @@ def data_removal() -> dict[str, Any]:
     return {"effect": effect, "runs": runs}
 
 
+def nearest_sequences() -> dict[str, Any]:
+    nearest = [
+        {"query": query, "rank": rank, "sequence": 10 * rank, "cosine": 1.0 / (rank + 1), "text": f"{rank}{HOSTILE}"}
+        for query in range(2)
+        for rank in range(5)
+    ]
+    queries = [{"query": query, "name": HOSTILE, "mean": 0.01, "sd": 0.2, "n": 900} for query in range(2)]
+    return {"nearest": nearest, "queries": queries}
+
+
+def memorized() -> dict[str, Any]:
+    repeats = [
+        {"seen_from": first, "seen_to": last, "n": 40, "share": last / 16, "lo": 0.0, "hi": 1.0, "matched": 3.5}
+        for first, last in ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15))
+    ]
+    sequences = [{"sequence": i, "held": i % 2 == 0, "seen": i, "matched": i, "extractable": i > 2} for i in range(5)]
+    return {"repeats": repeats, "sequences": sequences}
+
+
 def repeated_data() -> dict[str, Any]:
     points = [
         {"share": share, "sequences": sequences, "repeats": 3.0 * repeats, "measure": measure,
@@ -55,4 +74,6 @@ def repeated_data() -> dict[str, Any]:
 TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "data_attribution": ("localize", data_attribution),
     "data_removal": ("localize", data_removal),
+    "nearest_sequences": ("localize", nearest_sequences),
+    "memorized": ("localize", memorized),
 }

@@ -18,6 +18,8 @@ _PLACES = {
     "LreResult": "headwater.data.lre",
     "linear_relation": "headwater.data.lre",
     "NgramIndex": "headwater.data.ngrams",
+    "memorized": "headwater.data.memorization",
+    "nearest": "headwater.data.neighbours",
     "AttributionToData": "headwater.data.attribution.result",
     "attribute": "headwater.data.attribution.attributing",
     "DataRemoval": "headwater.data.attribution.removing",
@@ -36,6 +38,8 @@ __all__ = [
     "attribute",
     "count",
     "linear_relation",
+    "memorized",
+    "nearest",
     "read_pairs",
     "remove_and_retrain",
 ]
@@ -60,6 +64,8 @@ if TYPE_CHECKING:
     from headwater.data.corpus import Corpus
     from headwater.data.counts import Counts, count
     from headwater.data.lre import Lre, LreResult, linear_relation
+    from headwater.data.memorization import memorized
+    from headwater.data.neighbours import nearest
     from headwater.data.ngrams import NgramIndex
     from headwater.data.pairs import read_pairs
     from headwater.data.relations import Relation

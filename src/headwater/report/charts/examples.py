@@ -9,6 +9,7 @@ from headwater.report.theme import color
 from headwater.report.words import number
 
 _BASE, _RETRIEVAL = "base rate", "retrieval"
+_PANELS = 6  # queries that are drawn
 _OF = {"relevant": "they truly made it", "together": "they mention both", "retrieval": "the retrieval's own first"}
 
 
@@ -52,6 +53,40 @@ def data_removal(result: Any) -> Any:
         })  # fmt: skip
     hues = {"method": color("pos"), "baseline": color("null")}
     return themed(intervals(shown, x="after - before", hues=hues, grouped=True, independent=True))
+
+
+def nearest_sequences(result: Any) -> Any:
+    """The cosines of each query's neighbours; the mean over all sequences dashed."""
+    means = {row["query"]: row for row in rows(result.tables.get("queries"), "query", "name", "mean", "sd")}
+    shown: list[Row] = []
+    for row in rows(result.tables.get("nearest"), "query", "rank", "sequence", "cosine", "text"):
+        if row["cosine"] is None or row["query"] not in list(means)[:_PANELS]:
+            continue
+        about = means[row["query"]]
+        tip = f"sequence {row['sequence']}: cosine {number(row['cosine'])}; all sequences {number(about['mean'])}, "
+        tip += f"standard deviation {number(about['sd'])}: {str(row['text'])[:160]}"
+        place = "" if row["rank"] is None else row["rank"] + 1
+        shown.append({
+            "label": f"{place}. {str(row['text'])[:40]}", "value": row["cosine"], "tip": tip,
+            "group": f"{row['query']}: {str(about['name'])[:70]}", "reference": about["mean"],
+        })  # fmt: skip
+    return themed(intervals(shown, x="cosine", grouped=True))
+
+
+def memorized(result: Any) -> Any:
+    """The share of sequences given back word for word, by how often they were seen; of those never seen dashed."""
+    found = rows(result.tables.get("repeats"), "seen_from", "seen_to", "n", "share", "lo", "hi", "matched")
+    found = [row for row in found if row["share"] is not None]
+    null = next((row["share"] for row in found if row["seen_to"] == 0), None)
+    shown: list[Row] = []
+    for row in found:
+        times = f"{row['seen_from']} to {row['seen_to']} times" if row["seen_to"] != row["seen_from"] else "once"
+        name = "never (held out)" if row["seen_to"] == 0 else times
+        tip = f"seen {name}: {number(row['share'])} ({number(row['lo'])} to {number(row['hi'])}) of {row['n']} "
+        tip += f"extractable; {number(row['matched'])} tokens given back in the mean"
+        sides = {"value": row["share"], "lo": row["lo"], "hi": row["hi"], "reference": null}
+        shown.append({"label": name, "tip": tip, **sides})
+    return themed(intervals(shown, x="share given back", domain=(0.0, 1.0)))
 
 
 def repeated_data(result: Any) -> Any:

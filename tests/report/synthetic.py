@@ -21,6 +21,7 @@ from .synthetic_dynamics import TABLES as DYNAMICS
 from .synthetic_examples import TABLES as EXAMPLES
 from .synthetic_history import FACTS as HISTORY_FACTS
 from .synthetic_history import TABLES as HISTORY
+from .synthetic_safety import TABLES as SAFETY
 
 HOSTILE = '<script>alert("x")</script>'
 N_LAYERS, N_HEADS, N_KV = 30, 9, 3
@@ -602,7 +603,7 @@ MAKERS = {
     "attention_tracing": ("localize", attention_tracing),
     **{
         kind: (stage, lambda kind=kind, make=make: result(kind, make(), HISTORY_FACTS.get(kind)))
-        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA, **EXAMPLES, **HISTORY}.items()
+        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA, **EXAMPLES, **HISTORY, **SAFETY}.items()
     },
 }
 

@@ -19,6 +19,8 @@ _OWN = (
     "steering.ablate",
     "steering.turn",
     "steering.conditional",
+    "safety.grounding",
+    "safety.entities",
     "editing.rome",
     "editing.memit",
     "editing.rank_one",

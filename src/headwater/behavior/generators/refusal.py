@@ -53,7 +53,7 @@ def refusal(n: int | None, rng: random.Random) -> Made:
     for both in itertools.zip_longest(*rows.values()):
         for split, row in zip(rows, both, strict=True):
             if row is not None:
-                pairs.append(_pair(*row, split))
+                pairs.append(_pair(row[0], row[1], split))
     if n is not None and n > len(pairs):
         raise BehaviorError(
             "the behavior 'refusal' cannot make so many different prompts", got=f"n={n}", wanted=f"at most {len(pairs)}"

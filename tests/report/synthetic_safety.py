@@ -1,0 +1,38 @@
+"""Synthetic results of what tells prompts apart, shaped as their tables are documented."""
+
+from collections.abc import Callable
+from typing import Any
+
+HOSTILE = "</script><script>alert(1)</script>"
+
+
+def detection() -> dict[str, Any]:
+    parts = [
+        {"part": f"a{i}.h1", "kind": "head", "yes": 0.1 * i, "no": 0.2, "auroc": 0.5 + i / 20, "chosen": i > 3}
+        for i in range(6)
+    ]
+    detectors = [
+        {"detector": f"detector {i}{HOSTILE}", "auroc": 0.5 + i / 10, "lo": 0.4 + i / 10, "hi": 0.6 + i / 10, "n": 24,
+         "baseline": i == 0}
+        for i in range(6)
+    ]  # fmt: skip
+    return {"parts": parts, "detectors": detectors}
+
+
+def head_importance() -> dict[str, Any]:
+    heads = [
+        {"layer": layer, "head": head, "score": 0.1 * layer + 0.01 * head, "elsewhere": 0.05 * layer}
+        for layer in range(4)
+        for head in range(4)
+    ]
+    group = [
+        {"order": i + 1, "head": f"a3.h{i}", "score": 0.3 + 0.1 * i, "random": 0.1, "lo": 0.05, "hi": 0.2}
+        for i in range(3)
+    ]
+    return {"heads": heads, "group": group}
+
+
+TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+    "detection": ("act", detection),
+    "head_importance": ("act", head_importance),
+}

@@ -33,7 +33,39 @@ def lre() -> dict[str, Any]:
     return {"sweep": sweep, "examples": rows}
 
 
+def _points() -> list[dict[str, Any]]:
+    return [
+        {"step": step, "relation": f"relation {i}{HOSTILE}", "subjects": subjects, "n": 20, "pair": i * step / 400,
+         "subject": i * step / 300, "object": i * step / 200, "causality": min(1.0, i * step / 1000), "lo": 0.0,
+         "hi": 1.0, "said_causality": 0.5, "accuracy": 0.3, "log_prob": -2.0, "faithfulness": 0.4}
+        for subjects in ("all", "several")
+        for step in (0, 16, 100)
+        for i in range(8)
+    ]  # fmt: skip
+
+
+def strengths() -> dict[str, Any]:
+    return {"relations": _points()}
+
+
+def frequency_link() -> dict[str, Any]:
+    return {"points": _points()}
+
+
+def counterfactual_pretraining() -> dict[str, Any]:
+    changes = [
+        {"step": step, "relation": f"relation {i}{HOSTILE}", "n": 20, "pair": (i - 4) / 4, "causality": (i - 4) / 9,
+         "accuracy": (i - 4) / 8, "log_prob": i - 4.0}
+        for step in (10, 100)
+        for i in range(9)
+    ]  # fmt: skip
+    return {"changes": changes}
+
+
 TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "counts": ("localize", counts),
     "lre": ("localize", lre),
+    "strengths": ("data", strengths),
+    "frequency_link": ("data", frequency_link),
+    "counterfactual_pretraining": ("data", counterfactual_pretraining),
 }

@@ -13,6 +13,7 @@ from headwater.cli import (
     circuit,
     compare_models,
     count,
+    link,
     localize,
     models,
     ngrams,
@@ -61,6 +62,7 @@ redo.add_to(app)
 track.add_to(app)
 compare_models.add_to(app)
 count.add_to(app)
+link.add_to(app)
 ngrams.add_to(app)
 attribute.add_to(app)
 truth.add_to(app)

@@ -13,7 +13,6 @@ from headwater.report.charts.examples import data_attribution, data_removal
 from headwater.report.charts.history import fact_change, fact_link, formation
 from headwater.report.charts.known import algebra, recovery, siit_report, superposition
 from headwater.report.charts.links import counterfactual_pretraining, frequency_link, strengths
-from headwater.report.charts.links import counterfactual_pretraining, frequency_link, strengths
 from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
@@ -74,9 +73,6 @@ KINDS = (
     "delta",
     "counts",
     "lre",
-    "strengths",
-    "frequency_link",
-    "counterfactual_pretraining",
     "strengths",
     "frequency_link",
     "counterfactual_pretraining",

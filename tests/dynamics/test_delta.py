@@ -41,8 +41,8 @@ def behavior(old: Model) -> Behavior:
     for text in texts:
         logits = old.run(text, logits="last").logits[0, ids]
         rows.append(
-            {"prompt": text, "counterfactual": text.replace("The ", "At "), "answers": [" " + known[int(logits.argmax())]],
-             "foils": [" " + known[int(logits.argmin())]]}
+            {"prompt": text, "counterfactual": text.replace("The ", "At "),
+             "answers": [" " + known[int(logits.argmax())]], "foils": [" " + known[int(logits.argmin())]]}
         )  # fmt: skip
     return Behavior.from_rows(rows, name="own answers")
 

@@ -25,7 +25,7 @@ Across = Callable[["dict[int, dict[str, Tensor]]"], "dict[int, list[Row]]"]
 # Each measure stands in a file of its own or with its kin, imported when a name is asked for.
 _OWN = (
     "losses", "heads", "writes", "weights", "plateau", "streams", "grokking", "circuit", "learning_coefficient",
-    "memorizing", "connectivity",
+    "memorizing", "connectivity", "attention_structure",
 )  # fmt: skip
 measures: Registry[Measure] = Registry("measure", own=[f"headwater.dynamics.measures.{name}" for name in _OWN])
 """Outside packages add theirs by the entry point group `headwater.measures`."""

@@ -1,4 +1,4 @@
-"""Edits of weights: closed forms against numpy, and plain definitions, in float64 on tiny models of several families."""
+"""Edits of weights: closed forms against numpy, and plain definitions, in float64 on tiny models."""
 
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,7 @@ def test_second_moments_are_means_over_tokens_and_kept_on_disk(model: Any, tmp_p
     found = second_moments(model, [0, 2], text, tokens=11, cache=tmp_path / "cache")
     rows: dict[int, list[Tensor]] = {0: [], 2: []}
     left = 11
-    for paragraph in text.read_text().strip().split("\n\n"):
+    for paragraph in [" ".join(text.read_text().split())]:
         ids = model.tokens(paragraph)[0][: left + 1]
         left -= len(ids) - 1
         run = model.run(ids[None], capture=["neurons.0", "neurons.2"])

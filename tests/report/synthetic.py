@@ -15,6 +15,7 @@ from headwater.claims.ledger import Ledger
 from headwater.core.results import Provenance, Result
 from headwater.report.gather import Found, Gathered
 
+from .synthetic_acts import TABLES as ACTS
 from .synthetic_bench import TABLES
 from .synthetic_data import TABLES as DATA
 from .synthetic_dynamics import TABLES as DYNAMICS
@@ -603,7 +604,7 @@ MAKERS = {
     "attention_tracing": ("localize", attention_tracing),
     **{
         kind: (stage, lambda kind=kind, make=make: result(kind, make(), HISTORY_FACTS.get(kind)))
-        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA, **EXAMPLES, **HISTORY, **SAFETY}.items()
+        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA, **EXAMPLES, **HISTORY, **SAFETY, **ACTS}.items()
     },
 }
 

@@ -85,6 +85,7 @@ class Action:
     values: how many activations it sets for each token.
     passes: how many prompts were run to find it. seconds: how long that took.
     control: from a seed, the same kind of action at random.
+    at: from a strength, the same action that strongly, where it has one (`curves` asks for it).
     config: how it was made, as plain data.
     sweep: what was tried on the way, as a table.
     """
@@ -98,6 +99,7 @@ class Action:
     passes: int = 0
     seconds: float = 0.0
     control: "Callable[[int], Action] | None" = None
+    at: "Callable[[float], Action] | None" = None
     config: dict[str, Any] = field(default_factory=dict)
     sweep: pl.DataFrame | None = None
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from headwater.cli import (
+    act,
     attribute,
     behavior,
     bench,
@@ -65,6 +66,7 @@ count.add_to(app)
 link.add_to(app)
 ngrams.add_to(app)
 attribute.add_to(app)
+act.add_to(app)
 truth.add_to(app)
 bench.add_to(app)
 models.add_to(app)

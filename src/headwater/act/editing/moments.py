@@ -1,6 +1,7 @@
 """Second moments of what a matrix reads, over a text corpus: kept on disk for each model, as they take a while."""
 
 import hashlib
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headwater.act.edit import load_tensors, save_tensors
-from headwater.act.measuring import plain_texts, texts_of
+from headwater.act.measuring import plain_texts
 from headwater.core.cache import cache_root
 from headwater.core.errors import MethodError, StoreError
 from headwater.core.progress import track
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from headwater.core.model import Model
 
 _LONGEST = 256  # tokens of a piece
+_PIECE = 800  # characters of a piece before it is cut into tokens
+_CHARACTERS = 20  # characters read for each token that is asked for, at most
 _AT_ONCE = 4  # pieces a forward
 
 
@@ -76,17 +79,20 @@ def _measure(model: "Model", layers: list[int], ids: list[Tensor]) -> dict[int, 
 def _pieces(model: "Model", corpus: str | Path | None, tokens: int) -> list[Tensor]:
     """Token ids of pieces of text, `tokens` in all but their first."""
     if corpus is None:
-        texts = plain_texts()
+        whole = " ".join(plain_texts())
     else:
         try:
-            texts = texts_of(Path(corpus).expanduser().read_text(encoding="utf-8"))
+            with Path(corpus).expanduser().open(encoding="utf-8") as file:
+                whole = file.read(_CHARACTERS * tokens)
         except (OSError, UnicodeDecodeError) as error:
             raise MethodError(f"cannot read the corpus {corpus}", got=error, wanted="a text file") from None
+    texts = textwrap.wrap(whole, _PIECE)
     longest = min(_LONGEST, model.max_length or _LONGEST)
     found: list[Tensor] = []
     left = tokens
     for text in texts:
-        for piece in model.tokens(text)[0].cpu().split(longest):
+        # Not model.tokens: a piece may be longer than the context before it is cut.
+        for piece in torch.as_tensor(model.tokenizer(text)["input_ids"], dtype=torch.long).split(longest):
             piece = piece[: left + 1]
             if len(piece) > 1 and left > 0:
                 found.append(piece)

@@ -215,6 +215,7 @@ def choose(
         made,
         passes=passes + held.n + len(tried) * held.n,
         control=control if draw is not None else None,
+        at=lambda other: action(what, other, what.make(other)),
         config=config,
         sweep=pl.DataFrame(rows, schema=_SCHEMA, orient="row"),
     )

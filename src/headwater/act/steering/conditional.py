@@ -123,7 +123,7 @@ def _gated(
 
     def build(strength: float, added: torch.Tensor) -> tuple[Intervention, ...]:
         gate = Gate()
-        watch = Watch(site=read_at, op="add", value=direction, low=threshold, positions=slice(-1, None), gate=gate)
+        watch = Watch(site=read_at, op="add", value=direction, low=threshold, positions=-1, gate=gate)
         return watch, Gated(site=site, op="add", value=added, scale=strength, positions=used.where, gate=gate)
 
     return Candidate(

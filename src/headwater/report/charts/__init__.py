@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from headwater.report.charts.acts import steering_curve
 from headwater.report.charts.behaviors import behavior_report, canary, margins
 from headwater.report.charts.benches import learned_program, minimality, mips, published_scores
 from headwater.report.charts.circuits import circuit, faithfulness, null
@@ -83,6 +84,7 @@ KINDS = (
     "fact_change",
     "detection",
     "head_importance",
+    "steering_curve",
 )
 
 
@@ -153,6 +155,7 @@ __all__ = [
     "series_audit",
     "siit_report",
     "strengths",
+    "steering_curve",
     "strongest_nodes",
     "subspace",
     "superposition",

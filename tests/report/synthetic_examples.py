@@ -76,4 +76,5 @@ TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "data_removal": ("localize", data_removal),
     "nearest_sequences": ("localize", nearest_sequences),
     "memorized": ("localize", memorized),
+    "repeated_data": ("localize", repeated_data),
 }

@@ -19,6 +19,7 @@ from headwater.cli import (
     models,
     ngrams,
     redo,
+    repeated,
     trace,
     track,
     train,
@@ -60,6 +61,7 @@ localize.add_to(app)
 circuit.add_to(app)
 train.add_to(app)
 redo.add_to(app)
+repeated.add_to(app)
 track.add_to(app)
 compare_models.add_to(app)
 count.add_to(app)

@@ -10,7 +10,13 @@ from headwater.report.charts.claims import effect, heads, ledger
 from headwater.report.charts.comparisons import comparison, head_groups, reuse
 from headwater.report.charts.data import counts, lre
 from headwater.report.charts.dynamics import connectivity, delta, series_audit, timeline, training
-from headwater.report.charts.examples import data_attribution, data_removal
+from headwater.report.charts.examples import (
+    data_attribution,
+    data_removal,
+    memorized,
+    nearest_sequences,
+    repeated_data,
+)
 from headwater.report.charts.history import fact_change, fact_link, formation
 from headwater.report.charts.known import algebra, recovery, siit_report, superposition
 from headwater.report.charts.links import counterfactual_pretraining, frequency_link, strengths
@@ -79,6 +85,9 @@ KINDS = (
     "counterfactual_pretraining",
     "data_attribution",
     "data_removal",
+    "memorized",
+    "nearest_sequences",
+    "repeated_data",
     "formation",
     "fact_link",
     "fact_change",
@@ -141,15 +150,18 @@ __all__ = [
     "lre",
     "margins",
     "mechanism",
+    "memorized",
     "mib_track",
     "minimality",
     "mips",
+    "nearest_sequences",
     "null",
     "optimal_ablation",
     "patching",
     "path_patching",
     "published_scores",
     "recovery",
+    "repeated_data",
     "reuse",
     "search",
     "series_audit",

@@ -68,8 +68,8 @@ def relations_linked(work: "Work", run: "TrainingRun | None", parts: Path, told:
 
 
 def relation_steps(work: "Work") -> list[int]:
-    """The checkpoints at which relations are measured."""
-    return work.history.series.select(n=work.settings.data.checkpoints).steps
+    """The checkpoints at which relations are measured: evenly in step, as most of what is read is read late."""
+    return work.history.series.select(n=work.settings.data.checkpoints, spacing="linear").steps
 
 
 def variables(work: "Work") -> tuple[str, str] | None:

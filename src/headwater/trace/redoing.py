@@ -38,9 +38,8 @@ def do_data(work: "Work") -> "Made":
     from headwater.trace.stages import Made
 
     named = variables(work)
-    if named is None or "facts" not in work.run.hashes().get("data", {}):
-        told = work.run.facts("data")
-        return Made({}, {"skipped": told.get("skipped") or told.get("no_link") or "the data stage found no link"})
+    if named is None:
+        return Made({}, {"skipped": work.run.facts("data").get("skipped") or "there are no facts to change"})
     wait_for(work)
     run = trained_again(work)
     facts: dict[str, Any] = {
@@ -62,9 +61,10 @@ def measured(work: "Work", run: "TrainingRun") -> dict[str, Result]:
     counts = counted(work, Corpus.open(str(run.path)), facts, parts / "counts")
     formation = answers(work, again, parts / "answers")
     after = fact_table(facts, counts, formation)
-    before: Any = work.result("data", "facts")
+    first: Any = work.result("data", "counts")
+    before = fact_table(facts, first, work.result("timeline", "formation"))
     settings = work.settings.data
-    change = fact_change(before.tables["facts"], after, draws=settings.draws, seed=work.seed("do_data"))
+    change = fact_change(before, after, draws=settings.draws, seed=work.seed("do_data"))
     return {"counts": counts, "change": change}
 
 

@@ -396,7 +396,7 @@ def act(work: Work) -> Made:
     """What acting on it does, beside a prompting baseline and random controls."""
     from headwater.trace.acting import act_on
 
-    return Made(act_on(work), {})
+    return Made(*act_on(work))
 
 
 def timeline(work: Work) -> Made:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from headwater.report.charts.actions import act_comparison
 from headwater.report.charts.acts import steering_curve
 from headwater.report.charts.behaviors import behavior_report, canary, margins
 from headwater.report.charts.benches import learned_program, minimality, mips, published_scores
@@ -23,7 +24,7 @@ from headwater.report.charts.links import counterfactual_pretraining, frequency_
 from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
-from headwater.report.charts.safety import detection, head_importance
+from headwater.report.charts.safety import detection, head_importance, pruning
 from headwater.report.charts.scores import attribution, strongest_nodes
 from headwater.report.charts.scores_truth import truth_scores
 from headwater.report.charts.searches import incompleteness, optimal_ablation, search
@@ -44,6 +45,7 @@ KINDS = (
     "faithfulness",
     "null",
     "effect",
+    "act_comparison",
     "heads",
     "ledger",
     "claim_rates",
@@ -93,6 +95,7 @@ KINDS = (
     "fact_change",
     "detection",
     "head_importance",
+    "pruning",
     "steering_curve",
 )
 
@@ -111,6 +114,7 @@ def as_svg(result: Any, *, name: str = "chart") -> str:
 
 __all__ = [
     "KINDS",
+    "act_comparison",
     "algebra",
     "as_svg",
     "attention_tracing",
@@ -159,6 +163,7 @@ __all__ = [
     "optimal_ablation",
     "patching",
     "path_patching",
+    "pruning",
     "published_scores",
     "recovery",
     "repeated_data",
@@ -166,8 +171,8 @@ __all__ = [
     "search",
     "series_audit",
     "siit_report",
-    "strengths",
     "steering_curve",
+    "strengths",
     "strongest_nodes",
     "subspace",
     "superposition",

@@ -10,7 +10,8 @@ from headwater.report.theme import color
 from headwater.report.words import number
 
 _POINTS = 400  # of a curve; more cannot be told apart
-_LINES = 6  # of one measure in a timeline
+_LINES = 6  # of one panel of a timeline
+_CLEAR = 0.05  # p up to which a transition is ruled
 
 
 def training(result: Any) -> Any:
@@ -24,23 +25,26 @@ def training(result: Any) -> Any:
         return themed(nothing())
     for row in shown:
         row["tip"] = f"step {row['step']}, {row['line']}: {number(row['value'])}"
-    return themed(_lines(shown, "loss (nats)").properties(width=WIDTH - 100, height=200))
+    return themed(
+        _lines(shown, "loss (nats)", _steps([row["step"] for row in shown])).properties(width=WIDTH - 100, height=200)
+    )
 
 
 def timeline(result: Any) -> Any:
-    """Each measure over the steps, a panel a measure; shaded where it has an interval, ruled where a transition is."""
+    """Each measure over the steps, a panel a measure (two where some of its numbers are shares and some are not); shaded
+    where it has an interval, ruled where a clear transition is."""
     found = rows(result.tables.get("values"), "step", "measure", "name", "value", "lo", "hi")
     found = [row for row in found if None not in (row["step"], row["measure"], row["value"])]
     if not found:
         return themed(nothing())
     changes = [
         row
-        for row in rows(result.tables.get("transitions"), "measure", "name", "step", "lo", "hi")
-        if row["step"] is not None
+        for row in rows(result.tables.get("transitions"), "measure", "name", "step", "lo", "hi", "p")
+        if row["step"] is not None and (row["p"] is None or row["p"] <= _CLEAR)
     ]
+    axis = _steps([row["step"] for row in found])
     panels: list[Any] = []
-    for measure in list(dict.fromkeys(row["measure"] for row in found)):
-        mine = [row for row in found if row["measure"] == measure]
+    for measure, mine in _panels(found):
         shown = [
             {
                 "step": row["step"], "value": row["value"], "lo": row["lo"], "hi": row["hi"],
@@ -51,7 +55,7 @@ def timeline(result: Any) -> Any:
             if row["name"] in _widest(mine)
         ]  # fmt: skip
         rules = [row for row in changes if row["measure"] == measure and row["name"] in _widest(mine)]
-        panels.append(_panel(shown, str(measure), rules).properties(width=WIDTH - 160, height=110))
+        panels.append(_panel(shown, str(measure), rules, axis).properties(width=WIDTH - 160, height=110))
     return themed(alt.vconcat(*panels, spacing=16).resolve_scale(color="independent", x="shared"))
 
 
@@ -134,7 +138,10 @@ def delta(result: Any) -> Any:
                 shown.append({"fraction": row["fraction"], "value": row[of], "line": line, "tip": tip})
     if shown:
         base = alt.Chart(data(shown)).encode(
-            x=alt.X("fraction:Q", title="share of weights", scale=alt.Scale(type="log"), axis=alt.Axis(format="~%")),
+            x=alt.X(
+                "fraction:Q", title="share of weights", scale=alt.Scale(type="log"),
+                axis=alt.Axis(format="~%", values=sorted({row["fraction"] for row in shown})),
+            ),
             y=alt.Y("value:Q", title="back, of what was lost", axis=alt.Axis(format="%")), color=_hue(shown),
         )  # fmt: skip
         dots = base.mark_point(size=20, filled=True).encode(description="tip:N", tooltip="tip:N")
@@ -164,35 +171,53 @@ def _flags(table: list[Row]) -> Any:
     ).properties(width=220, height=alt.Step(15))
 
 
-def _panel(shown: list[Row], title: str, changes: list[Row]) -> Any:
+def _panels(found: list[Row]) -> list[tuple[Any, list[Row]]]:
+    """The rows of each panel: of a measure those curves that stay within 0 and 1, and those that do not."""
+    panels: list[tuple[Any, list[Row]]] = []
+    for measure in dict.fromkeys(row["measure"] for row in found):
+        mine = [row for row in found if row["measure"] == measure]
+        large = {row["name"] for row in mine if not 0 <= row["value"] <= 1}
+        for part in ([row for row in mine if row["name"] in large], [row for row in mine if row["name"] not in large]):
+            if part:
+                panels.append((measure, part))
+    return panels
+
+
+def _panel(shown: list[Row], title: str, changes: list[Row], axis: Any) -> Any:
     layers: list[Any] = []
     banded = [row for row in shown if row["lo"] is not None and row["hi"] is not None]
     if banded:
         band = alt.Chart(data(banded)).mark_area(opacity=0.15)
-        layers.append(band.encode(x=_steps(), y="lo:Q", y2="hi:Q", color=_hue(shown)))
-    layers.append(_lines(shown, title))
+        layers.append(band.encode(x=axis, y="lo:Q", y2="hi:Q", color=_hue(shown)))
+    layers.append(_lines(shown, title, axis))
     if changes:
         told = [
-            {"step": row["step"],
+            {"step": row["step"], "line": str(row["name"] or title),
              "tip": f"{row['name'] or title} changes at {row['step']} ({number(row['lo'])} to {number(row['hi'])})"}
             for row in changes
         ]  # fmt: skip
-        rule = alt.Chart(data(told)).mark_rule(color=color("null"), strokeDash=[3, 3])
-        layers.append(rule.encode(x=_steps(), description="tip:N", tooltip="tip:N"))
+        rule = alt.Chart(data(told)).mark_rule(strokeDash=[3, 3])
+        layers.append(rule.encode(x=axis, color=_hue(shown), description="tip:N", tooltip="tip:N"))
     return alt.layer(*layers)
 
 
-def _lines(shown: Sequence[Row], title: str) -> Any:
+def _lines(shown: Sequence[Row], title: str, axis: Any) -> Any:
     base = alt.Chart(data(shown)).encode(
-        x=_steps(), y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)), color=_hue(shown)
+        x=axis, y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False)), color=_hue(shown)
     )
     dots = base.mark_point(size=14, filled=True).encode(description="tip:N", tooltip="tip:N")
     return alt.layer(base.mark_line(strokeWidth=1.5), dots)
 
 
-def _steps() -> Any:
-    # steps are log-spaced and begin at 0
-    return alt.X("step:Q", title="step", scale=alt.Scale(type="symlog"), axis=alt.Axis(tickCount=6, labelOverlap=True))
+def _steps(steps: Sequence[Any]) -> Any:
+    """The axis: even where most steps are far from 0, else logarithmic from 0 on with a tick a power of ten."""
+    known = sorted(set(steps))
+    top = float(known[-1])
+    if float(known[len(known) // 2]) > top / 10:
+        return alt.X("step:Q", title="step", axis=alt.Axis(tickCount=8))
+    ticks = [0.0, *(10.0**power for power in range(12) if 10.0**power <= top)]
+    axis = alt.Axis(values=ticks, labelOverlap=True)
+    return alt.X("step:Q", title="step", scale=alt.Scale(type="symlog"), axis=axis)
 
 
 def _hue(shown: Sequence[Row]) -> Any:

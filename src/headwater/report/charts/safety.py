@@ -80,3 +80,39 @@ def head_importance(result: Any) -> Any:
         return themed(left)
     # the bars are those of random groups, the dot is the group itself
     return themed(alt.hconcat(left, intervals(drawn, x="moved (bar: random groups)", width=180), spacing=30))
+
+
+def pruning(result: Any) -> Any:
+    """The behavior's metric, and perplexity where it was measured, over the share of neurons taken out, by ranking."""
+    found = rows(result.tables.get("curve"), "by", "share", "metric", "accuracy", "perplexity", "lo", "hi")
+    found = [row for row in found if row["metric"] is not None and row["share"] is not None]
+    if not found:
+        return themed(nothing("nothing was pruned"))
+    metric = str(result.facts.get("metric") or "metric").replace("_", " ")
+    for row in found:
+        row["tip"] = (
+            f"{number(row['share'] * 100)}% by {row['by']}: {metric} {number(row['metric'])}, accuracy "
+            f"{number(row['accuracy'])}, perplexity {number(row['perplexity'])}"
+        )
+    hue = alt.Color(
+        "by:N",
+        legend=alt.Legend(title="ranked by", orient="top"),
+        scale=alt.Scale(domain=["relevance", "magnitude", "random"], range=[color("pos"), color("neg"), color("null")]),
+    )
+
+    def panel(values: list[dict[str, Any]], column: str, title: str, log: bool) -> Any:
+        scale = alt.Scale(type="log") if log else alt.Scale(zero=False)
+        base = alt.Chart(data(values)).encode(
+            x=alt.X("share:Q", title="neurons taken out", axis=alt.Axis(format="%")),
+            y=alt.Y(f"{column}:Q", title=title, scale=scale),
+            color=hue,
+        )
+        line = base.mark_line(strokeWidth=2)
+        dots = base.mark_point(filled=True, size=44, opacity=1).encode(description="tip:N", tooltip="tip:N")
+        return alt.layer(line, dots).properties(width=250, height=200)
+
+    panels = [panel(found, "metric", metric, log=False)]
+    texts = [row for row in found if row["perplexity"] is not None and row["perplexity"] > 0]
+    if texts:
+        panels.append(panel(texts, "perplexity", "perplexity of plain text", log=True))
+    return themed(alt.hconcat(*panels, spacing=30))

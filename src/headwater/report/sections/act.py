@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from headwater.report.blocks import Cell, Heading, Section, Table, cell
+from headwater.report.blocks import Cell, Heading, Note, Section, Table, cell
 from headwater.report.charts.claims import change, distinct_measures
 from headwater.report.charts.claims import effect as chart
 from headwater.report.charts.parts import Row, rows
@@ -31,6 +31,10 @@ def acting(context: Context) -> Section:
         section.blocks += [_figure(context, item, name), _pivot(table)]
         if versus:
             section.blocks += _duels(versus)
+    skipped = context.run.facts.get("act", {}).get("others_skipped")
+    if isinstance(skipped, dict) and skipped:
+        told = "; ".join(f"{visible(name, 60)}: {visible(why, 200)}" for name, why in skipped.items())
+        section.blocks.append(Note(text=f"Behaviors that this model's tokenizer cannot be asked for. {told}."))
     return section
 
 

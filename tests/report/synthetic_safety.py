@@ -32,7 +32,18 @@ def head_importance() -> dict[str, Any]:
     return {"heads": heads, "group": group}
 
 
+def pruning() -> dict[str, Any]:
+    curve = [
+        {"by": by, "share": share, "metric": 3.0 - 4 * share - at, "accuracy": 0.9,
+         "perplexity": 20.0 + at + 50 * share, "lo": 1.0, "hi": 3.0}
+        for at, by in enumerate(("relevance", "magnitude", "random"))
+        for share in (0.05, 0.1, 0.2, 0.4)
+    ]  # fmt: skip
+    return {"curve": curve}
+
+
 TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "detection": ("act", detection),
     "head_importance": ("act", head_importance),
+    "pruning": ("act", pruning),
 }

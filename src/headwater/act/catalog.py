@@ -29,6 +29,7 @@ _OWN = (
     "editing.repair",
     "editing.orthogonalize",
     "editing.recalibrate",
+    "editing.prune",
     "training.finetune",
     "training.lora",
     "training.dpo",

@@ -1,0 +1,94 @@
+"""Pruning by relevance: against autograd and hooks by hand, in float64."""
+
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+import headwater as hw
+from headwater.act.catalog import act
+from headwater.act.editing.prune import prune, pruning_curve, relevance, taken, text_relevance
+from headwater.act.measuring import NOTHING, score
+from headwater.core.errors import MethodError
+
+
+@pytest.fixture(scope="module")
+def ioi() -> Any:
+    return hw.behavior("ioi", n=24, seed=0)
+
+
+def test_relevance_is_activation_times_gradient(tiny_model64: Any, ioi: Any) -> None:
+    model, bound = tiny_model64, ioi.train.bind(tiny_model64)
+    total, kept = torch.zeros(model.n_layers, 48, dtype=torch.float64), {}
+    handles = [
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, args, layer=layer: kept.__setitem__(layer, args[0]))
+        for layer, block in enumerate(model.hf.model.layers)
+    ]
+    for group in bound.groups:
+        logits = model.hf(group.clean).logits[:, -1]
+        for row in range(len(group.rows)):
+            answers, foils = (x[row][x[row] >= 0] for x in (group.answers, group.foils))
+            said = logits[row, answers].mean() - logits[row, foils].mean()
+            grads = torch.autograd.grad(said, [kept[layer] for layer in range(model.n_layers)], retain_graph=True)
+            total += torch.stack([(kept[layer] * g).abs().sum((0, 1)) for layer, g in enumerate(grads)]).detach()
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(relevance(model, bound, "logit_diff"), total / bound.n, rtol=1e-8, atol=1e-12)
+    assert text_relevance(model, ["A short text.", "Another one, a little longer."]).shape == total.shape
+
+
+@pytest.mark.parametrize("model_name", ["tiny_model64", "tiny_gpt2_model64"])
+def test_pruned_neurons_write_nothing_and_come_back(model_name: str, ioi: Any, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(model_name)
+    before = {name: weight.clone() for name, weight in model.hf.state_dict().items()}
+    made = prune(model, ioi, share=0.25)
+    assert made.edit is not None
+    width = next(iter(model.sites("neurons.0"))).layer
+    assert width == 0
+    ranked = relevance(model, ioi.train[:24].bind(model), "logit_diff")
+    chosen = taken(ranked, 0.25, "least")
+    assert sum(map(len, chosen.values())) == round(0.25 * ranked.numel())
+    off = {(layer, int(neuron)) for layer, index in chosen.items() for neuron in index}
+    assert max(float(ranked[at]) for at in off) <= min(
+        float(ranked[at]) for at in np.ndindex(*ranked.shape) if at not in off
+    )
+    ids = torch.tensor([[5, 17, 40, 8, 99, 3]])
+    edits = []
+    for layer, index in chosen.items():
+        mask = torch.ones(ranked.shape[1], dtype=torch.float64)
+        mask[index] = 0
+        from headwater.act.ablation import Scale
+
+        edits.append(Scale(site=hw.Site.parse(f"neurons.{layer}"), op="add", value=torch.zeros(()), scale=mask))  # type: ignore[arg-type]
+    wanted = model.run(ids, interventions=edits).logits
+    with made.edited(model) as rest:
+        assert not rest.interventions
+        torch.testing.assert_close(model.run(ids).logits, wanted, rtol=1e-9, atol=1e-11)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.hf.state_dict().items())
+
+
+def test_the_most_relevant_neurons_matter_more_than_the_least(tiny_model: Any, ioi: Any) -> None:
+    usual = score(tiny_model, ioi.train.bind(tiny_model), NOTHING, ["logit_diff"])["logit_diff"].to_numpy()
+    moved = {}
+    for take in ("least", "most"):
+        made = act("prune", tiny_model, ioi, share=0.1, take=take)
+        now = score(tiny_model, ioi.train.bind(tiny_model), made, ["logit_diff"])["logit_diff"].to_numpy()
+        moved[take] = float(np.abs(now - usual).mean())
+        random = made.control(1) if made.control is not None else None
+        assert random is not None and random.edit is not None and made.edit is not None
+        assert random.edit.n_weights(tiny_model) == made.edit.n_weights(tiny_model)
+    assert moved["least"] < moved["most"] / 3
+
+
+def test_the_curve_has_every_ranking(tiny_model: Any, ioi: Any) -> None:
+    found = pruning_curve(tiny_model, ioi, shares=(0.1, 0.4), seeds=2, n=8)
+    table = found.to_frame()
+    assert table.height == 6
+    assert set(table["by"]) == {"relevance", "magnitude", "random"}
+    random = table.filter(pl.col("by") == "random")
+    assert (random["lo"] <= random["metric"]).all() and (random["metric"] <= random["hi"]).all()
+    assert found.chart() is not None
+    with pytest.raises(MethodError, match="a share of the neurons"):
+        pruning_curve(tiny_model, ioi, shares=(1.5,), seeds=1)

@@ -17,6 +17,7 @@ from headwater.report.gather import Found, Gathered
 
 from .synthetic_acts import TABLES as ACTS
 from .synthetic_bench import TABLES
+from .synthetic_comparing import TABLES as COMPARING
 from .synthetic_data import TABLES as DATA
 from .synthetic_dynamics import TABLES as DYNAMICS
 from .synthetic_examples import TABLES as EXAMPLES
@@ -604,7 +605,7 @@ MAKERS = {
     "attention_tracing": ("localize", attention_tracing),
     **{
         kind: (stage, lambda kind=kind, make=make: result(kind, make(), HISTORY_FACTS.get(kind)))
-        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA, **EXAMPLES, **HISTORY, **SAFETY, **ACTS}.items()
+        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA, **EXAMPLES, **HISTORY, **SAFETY, **ACTS, **COMPARING}.items()
     },
 }
 

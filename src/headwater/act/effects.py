@@ -240,7 +240,7 @@ class _Bench:
         self.signs = {
             str(goal): dict(zip(frame["id"].to_list(), goal.signs(frame).tolist(), strict=True)) for goal in goals
         }
-        self.others = _others(model, behavior, others, n_others, seed)
+        self.others = others_of(model, behavior, others, n_others, seed)
         self.seed = seed
 
     def judged(self, goal: Goal) -> str:
@@ -357,7 +357,7 @@ def _random_versions(
     return made[0].name, draws
 
 
-def _others(
+def others_of(
     model: "Model", behavior: Behavior, others: Sequence[str | Behavior] | None, n: int, seed: int
 ) -> list["Bound"]:
     """The other behaviors, bound. Of the default ones those that this tokenizer cannot align are passed over."""

@@ -1,6 +1,7 @@
 """The prompting baseline: what a few words before the prompt can do, chosen on training pairs like any other action."""
 
 import random
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,10 +32,12 @@ def prompt(
     draws: int = 2,
     n: int = 16,
     seed: int = 0,
+    instructions: Sequence[str] | None = None,
 ) -> Action:
     """The best of several prefixes at `goal`, chosen on at most `n` training pairs.
 
-    Tried are two instructions and, for each number of `shots`, `draws` random sets of other training pairs written out
+    Tried are two instructions (or those given) and, for each number of `shots`, `draws` random sets of other training
+    pairs written out
     as examples: with their answers, with their foils where the metric should be lowered, or only those with the wanted
     value where the goal is "column=value". `Action.sweep` lists each prefix with its score: the mean of the metric,
     counted downwards where it should fall. Raises MethodError where no prefix can be made.
@@ -47,7 +50,8 @@ def prompt(
     chosen = set(bound.frame["id"][judged].to_list())
     train = behavior.train
     judge = train[[row for row, id in enumerate(train.frame["id"].to_list()) if id in chosen]]
-    candidates = [*INSTRUCTIONS[wanted.direction], *_examples(bound, shown, wanted, shots, draws, seed)]
+    told = INSTRUCTIONS[wanted.direction] if instructions is None else instructions
+    candidates = [*told, *_examples(bound, shown, wanted, shots, draws, seed)]
     candidates = [prefix for prefix in candidates if not lacks_words(model, prefix)]
     if not candidates:
         raise MethodError("no prefix can be made", got=f"{len(rows)} training pairs", wanted="at least two")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwater.cli.act_compare import compare
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ def add_to(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, help="Act on a model, and measure whether that helped.")
     group.command("run")(run)
     group.command("methods")(list_methods)
+    group.command("compare")(compare)
     app.add_typer(group, name="act")
     edits = typer.Typer(no_args_is_help=True, help="Edits of weights: small files that go on a model and come off.")
     edits.command("list")(list_)

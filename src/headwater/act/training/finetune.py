@@ -115,7 +115,8 @@ def finished(
             f"{method} changes nothing", got="the goal is reached already" if not found.steps else "no gradient"
         )
     what = "" if tuple(told) == ("all",) else f" of {', '.join(told[:4])}{', ...' if len(told) > 4 else ''}"
-    facts = {k: v for k, v in dataclasses.asdict(used).items() if k != "goal"} | {
+    own = {name: value for name, value in dataclasses.asdict(used).items() if name != "goal"}  # the action has it
+    facts = own | {
         "method": method,
         "parts": list(told),
         "updates": found.steps,

@@ -1,4 +1,4 @@
-"""Fitting weights without writing a single one of the model's own: a twin shares them all but those that are trained."""
+"""Fitting weights without writing any of the model's own: a twin shares them all but those that are trained."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence

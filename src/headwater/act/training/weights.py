@@ -138,7 +138,7 @@ def _mlp(model: "Model", block: Any, own: list[str]) -> "dict[str, tuple[int, Te
     return dict.fromkeys(found)
 
 
-def _parameters(model: "Model", modules: "Sequence[nn.Module]") -> dict[str, None]:
+def _parameters(model: "Model", modules: "Sequence[nn.Module]") -> "dict[str, tuple[int, Tensor] | None]":
     """By identity: tied weights go by the name that `named_parameters` gives them."""
     held = {id(parameter) for module in modules for parameter in module.parameters()}
     return {name: None for name, parameter in model.hf.named_parameters() if id(parameter) in held}

@@ -1,0 +1,75 @@
+"""Task: what is to change in a model, in how many wordings, and what should stay."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from headwater.act.action import Goal
+from headwater.behavior.table import Behavior
+from headwater.core.registry import Registry
+
+if TYPE_CHECKING:
+    from headwater.core.model import Model
+
+ROLES = ("target", "paraphrase", "format", "neighbour")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Task:
+    """What is to change, and what actions are judged by.
+
+    behavior: its training pairs are all that methods may learn from; its test pairs are the target. goal: what should
+    become of its metric. paraphrase: the same asked in other words. format: the same asked in another form. neighbour:
+    what is alike and should stay; its answers are those of the model as it was. keep: pairs that methods may hold in
+    place, none of which is measured. old: pairs, of the training split, on whose old answers an attack trains again.
+    known: facts that were to stay, for probes. instructions: what a prompt may say. facts: what it is about, as plain
+    data.
+    """
+
+    name: str
+    behavior: Behavior
+    goal: Goal = field(default_factory=Goal)
+    paraphrase: Behavior | None = None
+    format: Behavior | None = None
+    neighbour: Behavior | None = None
+    keep: Behavior | None = None
+    old: Behavior | None = None
+    known: Behavior | None = None
+    instructions: tuple[str, ...] = ()
+    facts: dict[str, object] = field(default_factory=dict)
+
+    def measured(self) -> dict[str, Behavior]:
+        """role -> pairs that it is measured on."""
+        found = {
+            "target": self.behavior.test,
+            "paraphrase": self.paraphrase,
+            "format": self.format,
+            "neighbour": self.neighbour,
+        }
+        return {role: one for role, one in found.items() if one is not None}
+
+
+Maker = Callable[..., Task]
+"""maker(model, *, seed, **options) -> Task."""
+tasks: Registry[Maker] = Registry("task", own=["headwater.act.comparing.facts", "headwater.act.comparing.choices"])
+"""Outside packages add theirs by the entry point group `headwater.tasks`."""
+
+
+def of_behavior(behavior: Behavior, goal: str | Goal = "raise") -> Task:
+    """A task of nothing but a behavior: train pairs to learn from, test pairs to be judged by."""
+    return Task(name=behavior.name, behavior=behavior, goal=Goal.parse(goal))
+
+
+def make(model: "Model", task: "str | Behavior | Task | Maker", seed: int, options: dict[str, object]) -> Task:
+    """The task of a name or maker for a seed; a Task or a Behavior is the same for every seed."""
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, Behavior):
+        return of_behavior(task, str(options.get("goal", "raise")))
+    return (tasks.get(task) if isinstance(task, str) else task)(model, seed=seed, **options)
+
+
+def named(name: str, rows: Iterable[dict[str, object]]) -> Behavior | None:
+    """A behavior of these rows; None where there are none."""
+    held = list(rows)
+    return Behavior.from_rows(held, name=name) if held else None

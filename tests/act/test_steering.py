@@ -21,6 +21,7 @@ from headwater.act.measuring import NOTHING, score, text_loss
 from headwater.act.steering.choosing import Task
 from headwater.act.steering.conditional import Watch, condition
 from headwater.act.steering.pca import component
+from headwater.act.steering.persona import _ASKED, TRAITS, persona_pairs
 from headwater.act.steering.probe import logistic
 from headwater.act.steering.turn import Turn
 from headwater.core.errors import MethodError, StoreError
@@ -340,6 +341,31 @@ def test_curves_are_what_each_strength_does(tiny_model64: Any, ioi: Any) -> None
     assert found.chart().to_dict()
     with pytest.raises(MethodError, match="actions with a strength"):
         curves(tiny_model64, ioi, NOTHING)
+
+
+@pytest.mark.parametrize("reads", ["responses", "prompts"])
+def test_a_persona_is_what_answers_hold(tiny_model64: Any, reads: str) -> None:
+    pairs = persona_pairs("cheerful")
+    options = {"sites": "resid_post.1", "n": 2, "max_perplexity": 1e9, "tokens": 3, "reads": reads}
+    action = act("persona", tiny_model64, pairs, **options)
+    means = []
+    for told in (TRAITS["cheerful"].wanted, TRAITS["cheerful"].unwanted):
+        rows = []
+        for one in told:
+            for asked in _ASKED:
+                prompt = f"{one}\nQuestion: {asked}\nAnswer:"
+                n = len(tiny_model64.tokens(prompt)[0])
+                whole = prompt + tiny_model64.generate(prompt, max_new_tokens=3) if reads == "responses" else prompt
+                stream = tiny_model64.run(whole, capture=["resid_post.1"])["resid_post.1"][0]
+                rows.append(stream[n:].mean(0) if len(stream) > n else stream[-1])
+        means.append(torch.stack(rows).mean(0))
+    assert torch.allclose(action.interventions[0].value, means[0] - means[1], atol=1e-9)
+    lower = act("persona", tiny_model64, pairs, **options, goal="lower")
+    assert torch.allclose(lower.interventions[0].value, means[1] - means[0], atol=1e-9)
+    with pytest.raises(MethodError, match="unknown trait"):
+        act("persona", tiny_model64, pairs, trait="cheerfull")
+    with pytest.raises(MethodError, match="raised or lowered"):
+        act("persona", tiny_model64, pairs, goal="split=train")
 
 
 def test_unknown_methods_list_near_ones() -> None:

@@ -19,6 +19,7 @@ _OWN = (
     "steering.ablate",
     "steering.turn",
     "steering.conditional",
+    "steering.persona",
     "safety.grounding",
     "safety.entities",
     "editing.rome",

@@ -31,8 +31,10 @@ def training(result: Any) -> Any:
 
 
 def timeline(result: Any) -> Any:
-    """Each measure over the steps, a panel a measure (two where some of its numbers are shares and some are not); shaded
-    where it has an interval, ruled where a clear transition is."""
+    """Each measure over the steps, a panel a measure (two where some of its numbers are shares and some are not).
+
+    Shaded where it has an interval, ruled where a clear transition is.
+    """
     found = rows(result.tables.get("values"), "step", "measure", "name", "value", "lo", "hi")
     found = [row for row in found if None not in (row["step"], row["measure"], row["value"])]
     if not found:

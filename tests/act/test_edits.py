@@ -315,3 +315,25 @@ def test_effect_measures_an_edit_as_any_other_action(tiny_model64: Any) -> None:
     assert found.seconds_to_find == {"shrink": 1.5} and found.seconds["shrink"] > 0
     with action.on(tiny_model64):
         assert applied(tiny_model64) == [edit]
+
+
+@pytest.mark.real_model
+def test_undone_to_the_bit_on_the_real_model(smollm2: Any) -> None:
+    from headwater.act.editing.orthogonalize import without
+    from headwater.act.editing.repair import scaled_heads
+
+    before, print_before = state_of(smollm2), smollm2.fingerprint
+    down, bias = "model.layers.7.mlp.down_proj.weight", "model.layers.3.input_layernorm.weight"
+    edits = [
+        Edit.of(smollm2, "orthogonalize", without(smollm2, torch.randn(576), embedding=True)),
+        Edit.of(smollm2, "scale heads", scaled_heads(smollm2, {(20, 3): 2.5, (20, 4): 0.5, (3, 0): 0.0})),
+        Edit.of(smollm2, "all kinds", [
+            random_delta(smollm2, down, kind, at) for at, kind in enumerate(("low_rank", "slices", "full"))
+        ] + [random_delta(smollm2, bias, "full", 9)]),
+    ]  # fmt: skip
+    for edit in edits:
+        edit.apply(smollm2)
+    assert smollm2.fingerprint != print_before
+    undo(smollm2, edits[1])
+    undo(smollm2, all=True)
+    assert same_bits(state_of(smollm2), before) and smollm2.fingerprint == print_before

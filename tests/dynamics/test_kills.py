@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from headwater.dynamics import Timeline, TrainingRun, track, train
+from headwater.dynamics import Timeline, TrainingRun, redo, track, train
 from lab_runs import same_files, small
 
 # A process of its own that trains in forked children and kills them: torch is loaded once, not once a kill.
@@ -90,6 +90,19 @@ def test_a_killed_run_gives_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_twenty_kills_give_the_same_bits(tmp_path: Path) -> None:
     assert compare(kill_config(300), tmp_path, kills=20, seed=1) == 20
+
+
+@pytest.mark.slow
+def test_a_run_of_changed_data_killed_twenty_times_gives_the_same_bits(tmp_path: Path) -> None:
+    base = train(kill_config(300), tmp_path / "base")
+    change: dict[str, Any] = {"remove": [0, 5, 77], "reweight": ([9, 400], 0.5)}
+    begun = redo(base, tmp_path / "killed", stop_at=0, **change)
+    told = killed(begun.config.to_dict(), tmp_path / "killed", kills=20, seed=3)
+    assert told["status"] == 0 and told["kills"] == 20
+    whole = redo(base, tmp_path / "whole", **change)
+    cut = TrainingRun.open(tmp_path / "killed")
+    assert same_files(cut.path, whole.path, whole.steps) and cut.result.content_hash == whole.result.content_hash
+    assert cut.result.content_hash != base.result.content_hash
 
 
 @pytest.mark.slow

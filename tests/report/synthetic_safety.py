@@ -42,8 +42,20 @@ def pruning() -> dict[str, Any]:
     return {"curve": curve}
 
 
+def cue_groups() -> dict[str, Any]:
+    groups = [
+        {"source": source, "group": f"group {i}{HOSTILE}", "train": 9, "n": 12, "accuracy": 0.3 + 0.2 * i,
+         "lo": 0.2 + 0.2 * i, "hi": 0.4 + 0.2 * i}
+        for source in ("noun_agrees", "clusters")
+        for i in range(3)
+    ]  # fmt: skip
+    sources = [{"source": source, "spread": 0.2, "p": 0.01} for source in ("clusters", "noun_agrees")]
+    return {"groups": groups, "sources": sources}
+
+
 TABLES: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "detection": ("act", detection),
     "head_importance": ("act", head_importance),
     "pruning": ("act", pruning),
+    "cue_groups": ("act", cue_groups),
 }

@@ -34,6 +34,8 @@ _OWN = (
     "training.finetune",
     "training.lora",
     "training.dpo",
+    "training.cues",
+    "training.connectivity",
     "unlearning.difference",
     "unlearning.rmu",
 )

@@ -24,7 +24,7 @@ from headwater.report.charts.links import counterfactual_pretraining, frequency_
 from headwater.report.charts.patches import patching
 from headwater.report.charts.paths import causal_trace, path_patching
 from headwater.report.charts.rates import claim_rates
-from headwater.report.charts.safety import detection, head_importance, pruning
+from headwater.report.charts.safety import cue_groups, detection, head_importance, pruning
 from headwater.report.charts.scores import attribution, strongest_nodes
 from headwater.report.charts.scores_truth import truth_scores
 from headwater.report.charts.searches import incompleteness, optimal_ablation, search
@@ -96,6 +96,7 @@ KINDS = (
     "detection",
     "head_importance",
     "pruning",
+    "cue_groups",
     "steering_curve",
 )
 
@@ -113,6 +114,7 @@ def as_svg(result: Any, *, name: str = "chart") -> str:
 
 
 __all__ = [
+    "cue_groups",
     "KINDS",
     "act_comparison",
     "algebra",

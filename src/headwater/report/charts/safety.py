@@ -116,3 +116,26 @@ def pruning(result: Any) -> Any:
     if texts:
         panels.append(panel(texts, "perplexity", "perplexity of plain text", log=True))
     return themed(alt.hconcat(*panels, spacing=30))
+
+
+def cue_groups(result: Any) -> Any:
+    """Accuracy of each group of test pairs with its interval, a panel a source; overall accuracy dashed."""
+    found = rows(result.tables.get("groups"), "source", "group", "n", "accuracy", "lo", "hi")
+    found = [row for row in found if row["accuracy"] is not None]
+    if not found:
+        return themed(nothing("no groups"))
+    spread = {row["source"]: row for row in rows(result.tables.get("sources"), "source", "spread", "p")}
+    drawn = [
+        {
+            "label": row["group"],
+            "value": row["accuracy"],
+            "lo": row["lo"],
+            "hi": row["hi"],
+            "group": f"{row['source']} (p = {number((spread.get(row['source']) or {}).get('p'))})",
+            "reference": result.facts.get("accuracy"),
+            "tip": f"{row['source']} {row['group']}: accuracy {number(row['accuracy'])} "
+            f"[{number(row['lo'])}, {number(row['hi'])}], {number(row['n'])} test pairs",
+        }
+        for row in found
+    ]
+    return themed(intervals(drawn, x="accuracy", grouped=True, domain=(0.0, 1.0)))

@@ -231,9 +231,8 @@ def planted(
             for first, last in ((0, 10), (10, 100)):
                 n = each[last] - previous
                 previous = each[last]
-                pairs.append(
-                    {"subject": subject, "object": thing, "first": first, "last": last, "n": n, "documents": n}
-                )
+                span = {"first": first, "last": last}
+                pairs.append({"subject": subject, "object": thing, **span, "n": n, "documents": n})
                 for term in (subject, thing):
                     terms.append({"term": term, **span, "n": n + alone, "documents": n})
             for step in steps:

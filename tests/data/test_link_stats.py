@@ -73,12 +73,17 @@ def test_predictions_never_saw_their_own_group() -> None:
     features = random.normal(size=(200, 2))
     y = features[:, 0] * 2 + features[:, 1] ** 2 + 3
     groups = Groups(of, draws=0, seed=0)
-    found = ridge_held_out(features, y, groups, strength=1e-6)
+    found = ridge_held_out(features, y, groups, strengths=(1e-6,))
     assert found == pytest.approx(y, abs=1e-4)  # squares are among the features
     changed = y.copy()
     changed[of == "a"] = 1e6
-    again = ridge_held_out(features, changed, groups, strength=1e-6)
+    again = ridge_held_out(features, changed, groups, strengths=(1e-6,))
     assert again[of == "a"] == pytest.approx(found[of == "a"])
     assert again[of == "b"] != pytest.approx(found[of == "b"])
+    noisy = np.column_stack([features, random.normal(size=(200, 6))])
+    weak, chosen = (
+        ridge_held_out(noisy, random.normal(size=200), groups, strengths=one) for one in ((1e-6,), (1e-6, 1e6))
+    )
+    assert np.abs(chosen).mean() < 0.5 * np.abs(weak).mean()  # of noise nothing is believed
     bare = ridge_held_out(np.zeros((200, 0)), y, groups)
     assert bare[of == "a"] == pytest.approx(np.full(50, y[of != "a"].mean()))

@@ -46,7 +46,8 @@ _THRESHOLDS: dict[str, Any] = {
 }  # fmt: skip
 _PREDICTIONS: dict[str, Any] = {
     "predictor": pl.String, "steps": pl.String, "within": pl.Float64, "lo": pl.Float64, "hi": pl.Float64,
-    "error": pl.Float64, "more": pl.Float64, "more_lo": pl.Float64, "more_hi": pl.Float64, "n": pl.Int64,
+    "twice": pl.Float64, "error": pl.Float64, "more": pl.Float64, "more_lo": pl.Float64, "more_hi": pl.Float64,
+    "n": pl.Int64,
 }  # fmt: skip
 _OVERLAPS: dict[str, Any] = {
     "relation": pl.String, "other": pl.String, "shared": pl.Int64, "share": pl.Float64, "flagged": pl.Boolean,
@@ -57,9 +58,7 @@ _PREDICTORS: dict[str, tuple[str, ...]] = {
     "mean": (),
     "accuracy": ("right", "mean_right"),
     "log_prob": ("log_prob", "mean_log_prob"),
-    "log_prob and LRE": (
-        "log_prob", "mean_log_prob", "causal", "mean_causal", "faithful", "mean_faithful",
-    ),
+    "log_prob and LRE": ("log_prob", "mean_log_prob", "mean_causal", "faithful", "mean_faithful"),
 }  # fmt: skip
 
 
@@ -95,11 +94,13 @@ class LinkResult(Result):
     `tables["thresholds"]`: strength, level, n (times together at which a logistic curve over all points reaches it),
     lo, hi, seen (the most that any relation was seen, on average), within (whether n is no more than that).
     `tables["predictions"]`: how often a pair was seen, from the model alone, each relation predicted from the others:
-    predictor, steps, within (share predicted within ten times), its interval, error (mean absolute, in log10), more
-    (than log_prob), n. Of facts seen at least once. `tables["overlaps"]`: relation, other, shared (facts of `relation`
-    of which lines of `other` count as well), share, flagged, n_shared and n_own (median times together, last step).
-    `tables["facts"]`: bins of n at the last step: low, high, n (facts), accuracy, log_prob, causality. `tables["fact_
-    correlations"]`: r over all facts and steps of log10(1 + n) with `right`, `log_prob` and (test facts) `causal`.
+    predictor, steps, within (share predicted within ten times), its interval, twice (within two times), error (mean
+    absolute, in log10), more (error less than that of log_prob, with its interval), n. Of facts seen at least once.
+    `tables["overlaps"]`: relation, other, shared (facts of `relation` of which lines of `other` count as well), share,
+    flagged, n_shared and n_own (median times together, last step).
+    `tables["facts"]`: bins of n at the last step: low, high, n (facts), accuracy, log_prob, causality (of edits towards
+    a fact of the bin). `tables["fact_correlations"]`: r over facts and steps of log10(1 + n) with `right`, `log_prob`
+    and `causal` (an edit towards the fact).
     Facts: r, lo, hi (pair against causality), relations, steps, flagged.
     """
 
@@ -223,7 +224,7 @@ def frequency_link(
 
 def seen(strengths: Strengths, counts: Counts) -> pl.DataFrame:
     """The facts of the strengths with n_pair, n_subject and n_object as the checkpoint of each step had seen them, and
-    pair, subject, object: log10(1 + n)."""
+    log_pair, log_subject, log_object: log10(1 + n)."""
     parts: list[pl.DataFrame] = []
     for (step,), facts in strengths.tables["facts"].group_by(["step"], maintain_order=True):
         at = int(step) if isinstance(step, int | float) else 0
@@ -271,16 +272,24 @@ def points_of(facts: pl.DataFrame) -> pl.DataFrame:
 
 def bins(facts: pl.DataFrame) -> pl.DataFrame:
     """Facts by how often their pair was seen, in steps of half a power of ten: low, high, n, accuracy, log_prob,
-    causality (of the judged)."""
+    causality (of edits towards them)."""
     place = (pl.col("log_pair") / _BIN).floor()
     table = facts.group_by(place.alias("bin")).agg(
         pl.len().cast(pl.Int64).alias("n"),
         pl.col("right").cast(pl.Float64).mean().alias("accuracy"),
         pl.col("log_prob").mean(),
-        pl.col("causal").cast(pl.Float64).mean().alias("causality"),
     )
+    aimed = _aimed(facts).group_by(place.alias("bin")).agg(pl.col("causal").cast(pl.Float64).mean().alias("causality"))
+    table = table.join(aimed, on="bin", how="left")
     low, high = (10 ** (pl.col("bin") * _BIN) - 1).alias("low"), (10 ** ((pl.col("bin") + 1) * _BIN) - 1).alias("high")
     return table.sort("bin").select(low, high, "n", "accuracy", "log_prob", "causality")
+
+
+def _aimed(facts: pl.DataFrame) -> pl.DataFrame:
+    """A row an edit: causal, with the counts of the fact that it was aimed at."""
+    edits = facts.filter(pl.col("role") == "test").select("step", "relation", "causal", subject="target")
+    targets = facts.filter(pl.col("role") == "test").drop("causal")
+    return edits.join(targets, on=["step", "relation", "subject"])
 
 
 def _correlated(points: pl.DataFrame, facts: str, config: LinkConfig) -> list[dict[str, Any]]:
@@ -339,18 +348,19 @@ def _predictions(facts: pl.DataFrame, config: LinkConfig) -> list[dict[str, Any]
             continue
         groups = Groups(part["relation"].to_numpy(), draws=config.draws, seed=config.seed)
         y = part["log_pair"].to_numpy()
-        near: dict[str, Floats] = {}
-        errors: dict[str, float] = {}
+        sums: dict[str, Floats] = {}
         for name, features in _PREDICTORS.items():
             wide = part.select(features).to_numpy() if features else np.zeros((part.height, 0))
             off = np.abs(ridge_held_out(wide.astype(np.float64), y, groups) - y)
-            sums = groups.summed(np.column_stack([np.ones_like(y), (off <= 1).astype(np.float64)]))
-            near[name], errors[name] = sums[:, 1] / sums[:, 0], float(off.mean())
-        for name in _PREDICTORS:
-            share, more = estimate(near[name]), estimate(near[name] - near["log_prob"])
+            columns = (np.ones_like(y), off <= 1, off <= np.log10(2), off)
+            summed = groups.summed(np.column_stack(columns).astype(np.float64))
+            sums[name] = summed[:, 1:] / summed[:, :1]
+        for name, own in sums.items():
+            share, more = estimate(own[:, 0]), estimate(sums["log_prob"][:, 2] - own[:, 2])
             rows.append({
                 "predictor": name, "steps": steps, "within": share.value, "lo": share.lo, "hi": share.hi,
-                "error": errors[name], "more": more.value, "more_lo": more.lo, "more_hi": more.hi, "n": part.height,
+                "twice": float(own[0, 1]), "error": float(own[0, 2]), "more": more.value, "more_lo": more.lo,
+                "more_hi": more.hi, "n": part.height,
             })  # fmt: skip
     return rows
 
@@ -359,7 +369,8 @@ def _fact_correlations(facts: pl.DataFrame, config: LinkConfig) -> list[dict[str
     last = facts["step"].max()
     rows: list[dict[str, Any]] = []
     for strength, steps in itertools.product(("right", "log_prob", "causal"), ("all", "last")):
-        part = facts.filter(pl.col(strength).is_not_null(), (pl.col("step") == last) | (steps == "all"))
+        part = _aimed(facts) if strength == "causal" else facts
+        part = part.filter((pl.col("step") == last) | (steps == "all"))
         groups = Groups(part["relation"].to_numpy(), draws=config.draws, seed=config.seed)
         y = part[strength].cast(pl.Float64).to_numpy()
         for one in COUNTS:

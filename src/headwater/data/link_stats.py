@@ -84,19 +84,33 @@ def logistic(x: Floats, y: Floats, weight: Floats, groups: Groups) -> Floats:
     return np.column_stack([beta[:, 0] - beta[:, 1] * centre / scale, beta[:, 1] / scale])
 
 
-def ridge_held_out(features: Floats, y: Floats, groups: Groups, *, strength: float = 1.0) -> Floats:
+def ridge_held_out(
+    features: Floats, y: Floats, groups: Groups, *, strengths: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4)
+) -> Floats:
     """[N]: each point predicted from the points of the other groups, by ridge regression on features [N, F], their
-    squares and products, each standardized on the points that it is fitted on."""
+    squares and products, standardized. How strong the ridge is, is chosen among the other groups too, each of them held
+    out in turn."""
     n, size = features.shape
     products = [features[:, i] * features[:, j] for i in range(size) for j in range(i, size)]
     wide = np.column_stack([features, *products]) if size else np.zeros((n, 0))
+    spread = wide.std(0)
+    kept = spread > 1e-12
+    wide = np.column_stack([np.ones(n), (wide[:, kept] - wide[:, kept].mean(0)) / spread[kept]])
+    many = len(groups.names)
+    parts = [groups.index == one for one in range(many)]
+    grams = np.stack([wide[part].T @ wide[part] for part in parts])  # [R, F, F]
+    sides = np.stack([wide[part].T @ y[part] for part in parts])  # [R, F]
+    free = np.eye(wide.shape[1])
+    free[0, 0] = 1e-9  # the mean is not drawn to 0
+    ridges = np.asarray(strengths)[:, None, None] * free
     out = np.empty(n)
-    for one in range(len(groups.names)):
-        held = groups.index == one
-        fit, mean = wide[~held], float(y[~held].mean())
-        centre, scale = fit.mean(0), fit.std(0)
-        kept = scale > 1e-12
-        fit, test = ((part[:, kept] - centre[kept]) / scale[kept] for part in (fit, wide[held]))
-        slope = np.linalg.solve(fit.T @ fit + strength * np.eye(int(kept.sum())), fit.T @ (y[~held] - mean))
-        out[held] = mean + test @ slope
+    for held in range(many):
+        gram, side = grams.sum(0) - grams[held], sides.sum(0) - sides[held]
+        others = [one for one in range(many) if one != held]
+        losses = np.zeros(len(strengths))
+        for one in others if len(others) > 1 else ():
+            right = np.broadcast_to(side - sides[one], (len(strengths), len(side)))[..., None]
+            slopes = np.linalg.solve(gram - grams[one] + ridges, right)[..., 0]
+            losses += ((wide[parts[one]] @ slopes.T - y[parts[one], None]) ** 2).mean(0)
+        out[parts[held]] = wide[parts[held]] @ np.linalg.solve(gram + ridges[int(losses.argmin())], side)
     return out

@@ -31,7 +31,9 @@ class AttributionConfig:
     checkpoints: how many of a series, evenly over its steps (where `steps` does not name them); cosine and ekfac take
     the last. weights: patterns of parameter names; empty means all. projection: gradients are projected to so many
     numbers (trak: 1024 where it is not said). damping, normalize: see the methods. sequences: score only the first so
-    many of the corpus. batch: sequences at a time. vectorized: False for models that torch.func.vmap cannot run.
+    many of the corpus. batch: sequences at a time: each holds a gradient of all the weights that are asked for, so of a
+    model of more than some million weights name a few, or set batch to 1. vectorized: False for models that
+    torch.func.vmap cannot run.
     """
 
     method: str = "tracin"

@@ -1,12 +1,16 @@
 """The loss on the line between two sets of weights: against interpolation by hand, over a run and between models."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import headwater as hw
+from headwater.cli import app
 from headwater.core.errors import MethodError, ModelError
+from headwater.core.results import load_result
 from headwater.dynamics import TrainingRun, track, train
 from headwater.dynamics.connectivity import barrier, connect
 from headwater.dynamics.measures import Probe, measures
@@ -65,3 +69,17 @@ def test_what_has_no_line_is_refused(run: TrainingRun) -> None:
         connect(a, a, ids, points=2)
     with pytest.raises(MethodError, match="checkpoints of a series"):
         measures.get("connectivity")(Probe(a, 0, ids=ids))
+
+
+def test_from_the_command_line(run: TrainingRun, tmp_path: Path) -> None:
+    ends = [str(run.folder(step)) for step in (0, 12)]
+    done = CliRunner().invoke(app, ["connect", *ends, "--points", "3", "--json", "--out", str(tmp_path / "line")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["line"][1]["part"] == 0.5
+    assert load_result(tmp_path / "line", check=True).kind == "connectivity"
+    option = ["--set", "connectivity.points=3"]
+    done = CliRunner().invoke(app, ["track", str(run.path), "--measures", "connectivity", *option, "--json"])
+    assert done.exit_code == 0, done.output
+    assert {row["name"] for row in json.loads(done.stdout)["values"]} == {"before", "last"}
+    assert CliRunner().invoke(app, ["connect", "x", "y"]).exit_code == 2
+    assert CliRunner().invoke(app, ["track", str(run.path), "--set", "points=3"]).exit_code == 2

@@ -12,7 +12,7 @@ import polars as pl
 
 import headwater as hw
 from headwater.act.catalog import act
-from headwater.act.curves import curves
+from headwater.act.strengths import curves
 
 SITE, GOAL = "resid_post.20", "order=ABBA"
 METHODS = ("caa", "pca", "probe", "affine")

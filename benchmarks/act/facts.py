@@ -1,4 +1,4 @@
-"""Capitals rewritten in SmolLM2 by ROME and MEMIT: `python -m benchmarks.act.facts [CORPUS.txt] [FOLDER]`.
+"""Capitals rewritten in SmolLM2 by ROME and MEMIT: `python -m benchmarks.act.facts [CORPUS.txt [FOLDER [METHOD]]]`.
 
 Four facts a seed; the wording that was trained on (efficacy), three others (paraphrase), and two neighbors a fact
 (specificity), with perplexity of plain text, beside random changes of the same size and few-shot prompting. Each edit
@@ -29,7 +29,7 @@ def main() -> int:
     before = {name: value.clone() for name, value in model.hf.state_dict().items()}
     made = rewrites(4, seed=0)
     rows = []
-    for method in ("rome", "memit"):
+    for method in sys.argv[3:] or ("rome", "memit"):
         action = act(method, model, made["facts"], corpus=corpus, corpus_tokens=TOKENS)
         stay = [made["written"], made["neighbors"]]
         found = effect(model, made["facts"], action, others=stay, controls=1, prompting=method == "rome")

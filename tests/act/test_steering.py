@@ -15,7 +15,6 @@ import headwater as hw
 from headwater.act import steer
 from headwater.act.action import Action
 from headwater.act.catalog import act, methods
-from headwater.act.curves import curves
 from headwater.act.files import load, save
 from headwater.act.measuring import NOTHING, score, text_loss
 from headwater.act.steering.choosing import Task
@@ -24,6 +23,7 @@ from headwater.act.steering.pca import component
 from headwater.act.steering.persona import _ASKED, TRAITS, persona_pairs
 from headwater.act.steering.probe import logistic
 from headwater.act.steering.turn import Turn
+from headwater.act.strengths import curves
 from headwater.core.errors import MethodError, StoreError
 from headwater.core.sites import Site
 

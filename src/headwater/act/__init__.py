@@ -7,6 +7,14 @@ from typing import TYPE_CHECKING, Any
 _NAMES = {
     "Action": "action",
     "Goal": "action",
+    "act": "catalog",
+    "methods": "catalog",
+    "curves": "strengths",
+    "SteeringCurve": "strengths",
+    "rewrites": "editing.rewrites",
+    "persona_pairs": "steering.persona",
+    "export": "exporting",
+    "restore": "exporting",
     "Delta": "edit",
     "Edit": "edit",
     "applied": "applying",
@@ -26,12 +34,20 @@ __all__ = [
     "Edit",
     "Effect",
     "Goal",
+    "SteeringCurve",
+    "act",
     "amplify",
     "applied",
+    "curves",
     "effect",
+    "export",
     "knock_out",
+    "methods",
+    "persona_pairs",
     "plain_texts",
     "prompt",
+    "restore",
+    "rewrites",
     "steer",
     "undo",
 ]
@@ -53,8 +69,13 @@ if TYPE_CHECKING:
     from headwater.act.ablation import amplify, knock_out
     from headwater.act.action import Action, Goal
     from headwater.act.applying import applied, undo
+    from headwater.act.catalog import act, methods
     from headwater.act.edit import Delta, Edit
+    from headwater.act.editing.rewrites import rewrites
     from headwater.act.effects import Effect, effect
+    from headwater.act.exporting import export, restore
     from headwater.act.measuring import plain_texts
     from headwater.act.prompting import prompt
     from headwater.act.steering import steer
+    from headwater.act.steering.persona import persona_pairs
+    from headwater.act.strengths import SteeringCurve, curves

@@ -33,6 +33,7 @@ class MemitConfig(FactConfig):
     how much the moments of other keys weigh against the facts."""
 
     facts: int = 100
+    limit: float = 0.75
     layers: tuple[int, ...] | None = None
     preserve: float = 100.0
 

@@ -105,9 +105,9 @@ class Lines:
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """A figure, and small drawings that stand at its side: (title, id of the section that tells more, SVG)."""
+    """Blocks, and small drawings that stand at their side: (title, id of the section that tells more, SVG)."""
 
-    figure: Any
+    blocks: Sequence[Any]
     small: Sequence[tuple[str, str, str]]
     block: str = "beside"
 

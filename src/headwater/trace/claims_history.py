@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+import headwater.data.link_worlds  # noqa: F401  (registers its test with these)
 from headwater.claims import Claim, Context, Outcome, bootstrap, p_from_draws, sign_flip, test
 from headwater.core.errors import MethodError
 from headwater.data.knowing import correlation, crossing, grid, interval, within
@@ -123,6 +124,7 @@ def _linked(work: "Work") -> list[Claim]:
 
 def _followed(work: "Work") -> list[Claim]:
     facts = work.run.facts("do_data")
+    worlds = "worlds" in work.run.hashes()["do_data"]
     if facts["how"] == "permute":
         done = "the frequencies of the facts are dealt out anew and all else is trained as before"
     else:
@@ -133,7 +135,11 @@ def _followed(work: "Work") -> list[Claim]:
         Claim(
             id="do-data", test="knowledge_follows_data", stage="do_data", params={"draws": work.settings.data.draws},
             statement=f"do(data): when {done}, what the model knows changes with how often it was said",
-        )
+        ),
+        *([Claim(
+            id="do-data-relations", test="counterfactual_pretraining", stage="do_data", params={"reference": 0.0},
+            statement="do(data): with it changes how causal each relation's linear mechanism is",
+        )] if worlds else []),
     ]  # fmt: skip
 
 

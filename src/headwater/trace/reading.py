@@ -16,6 +16,7 @@ from headwater.data.knowing import fact_link
 if TYPE_CHECKING:
     from headwater.data.corpus import Corpus
     from headwater.data.counts import Counts
+    from headwater.data.link_strengths import Strengths
     from headwater.dynamics.lab.run import TrainingRun
     from headwater.trace.stages import Made, Work
 
@@ -50,21 +51,28 @@ def relations_linked(work: "Work", run: "TrainingRun | None", parts: Path, told:
     settings = work.settings.data
     if run is None or not settings.relations or not any(one.source == "world" for one in run.config.data):
         return {}
-    from headwater.data.link import counts_for, frequency_link
-    from headwater.data.link_strengths import relation_strengths
-    from headwater.data.world import relations_of, world_of
+    from headwater.data.link import frequency_link
 
-    relations = relations_of(world_of(run).facts)
     try:
-        strengths = relation_strengths(
-            str(run.path), relations, out=parts / "strengths", steps=relation_steps(work), n_test=settings.n_facts
-        )
-        counts = counts_for(strengths, str(run.path), relations, out=parts / "relation-counts")
+        strengths, counts = relations_measured(work, run, parts)
         link = frequency_link(strengths, counts, seed=work.seed("link"))
     except HeadwaterError as error:  # a world of few relations, or of small ones
         told["no_relations"] = error.what + (f" ({error.got})" if error.got else "")
         return {}
     return {"strengths": strengths, "relation_counts": counts, "link": link}
+
+
+def relations_measured(work: "Work", run: "TrainingRun", parts: Path) -> "tuple[Strengths, Counts]":
+    """The linear mechanisms of a run's relations, and the counts of their facts: the first world's, in any run."""
+    from headwater.data.link import counts_for
+    from headwater.data.link_strengths import relation_strengths
+    from headwater.data.world import relations_of, world_of
+
+    first = work.history.run
+    relations = relations_of(world_of(run if first is None else first).facts)
+    n, steps = work.settings.data.n_facts, relation_steps(work)
+    strengths = relation_strengths(str(run.path), relations, out=parts / "strengths", steps=steps, n_test=n)
+    return strengths, counts_for(strengths, str(run.path), relations, out=parts / "relation-counts")
 
 
 def relation_steps(work: "Work") -> list[int]:

@@ -22,7 +22,7 @@ from headwater.core.results import Result
 from headwater.data.knowing import fact_change
 from headwater.localize.comparing.heads import metric_values
 from headwater.trace.history import History
-from headwater.trace.reading import counted, fact_table, facts_of, variables
+from headwater.trace.reading import counted, fact_table, facts_of, relations_measured, variables
 
 if TYPE_CHECKING:
     from headwater.core.model import Model
@@ -65,7 +65,20 @@ def measured(work: "Work", run: "TrainingRun") -> dict[str, Result]:
     before = fact_table(facts, first, work.result("timeline", "formation"))
     settings = work.settings.data
     change = fact_change(before, after, draws=settings.draws, seed=work.seed("do_data"))
-    return {"counts": counts, "change": change}
+    return {"counts": counts, "change": change, **relations_changed(work, run, parts)}
+
+
+def relations_changed(work: "Work", run: "TrainingRun", parts: Path) -> dict[str, Result]:
+    """Of a world: what became of the linear mechanisms of its relations."""
+    if "strengths" not in work.run.hashes().get("data", {}):
+        return {}
+    from headwater.data.link_worlds import compare_worlds
+
+    strengths, counts = relations_measured(work, run, parts)
+    first: Any = work.result("data", "strengths")
+    read: Any = work.result("data", "relation_counts")
+    worlds = compare_worlds(first, read, strengths, counts, draws=work.settings.data.draws, seed=work.seed("worlds"))
+    return {"relation_counts": counts, "strengths": strengths, "worlds": worlds}
 
 
 def answers(work: "Work", history: History, folder: Path) -> Result:

@@ -35,11 +35,12 @@ def formation(result: Any, *, split: str = "test", width: int = WIDTH - 130, hei
          "tip": f"step {row['step']}, {_LINES[row['what']][0]}: {estimate(row['value'], row['lo'], row['hi'])}"}
         for row in found
     ]  # fmt: skip
+    along = sorted({row["step"] for row in found})
     kinds = [_LINES[what] for what in _LINES if any(row["what"] == what for row in found)]
     hue = alt.Color(
         "line:N",
         scale=alt.Scale(domain=[name for name, _ in kinds], range=[color(shade) for _, shade in kinds]),
-        legend=alt.Legend(title=None, orient="top", symbolType="stroke"),
+        legend=alt.Legend(title=None, orient="top", symbolType="stroke", symbolOpacity=1, symbolStrokeWidth=2.5),
     )
     layers: list[Any] = []
     bands = [
@@ -49,16 +50,16 @@ def formation(result: Any, *, split: str = "test", width: int = WIDTH - 130, hei
     ]
     for row in bands:
         band = alt.Chart(data([row])).mark_rect(color=color(_LINES[row["what"]][1]), opacity=0.1)
-        layers.append(band.encode(x=steps("first"), x2="last:Q", description="tip:N", tooltip="tip:N"))
+        layers.append(band.encode(x=steps(along, "first"), x2="last:Q", description="tip:N", tooltip="tip:N"))
     spread = alt.Chart(data([row for row in shown if None not in (row["lo"], row["hi"])])).mark_area(opacity=0.16)
-    layers.append(spread.encode(x=steps(), y="lo:Q", y2="hi:Q", color=hue))
-    base = alt.Chart(data(shown)).encode(x=steps(), y=alt.Y("value:Q", title="share of the end"), color=hue)
+    layers.append(spread.encode(x=steps(along), y="lo:Q", y2="hi:Q", color=hue))
+    base = alt.Chart(data(shown)).encode(x=steps(along), y=alt.Y("value:Q", title="share of the end"), color=hue)
     layers.append(base.mark_line(strokeWidth=1.8))
     layers.append(base.mark_point(size=16, filled=True).encode(description="tip:N", tooltip="tip:N"))
     return themed(alt.layer(*layers).properties(width=width, height=height))
 
 
-def fact_link(result: Any, *, width: int = WIDTH - 130, height: int = 230) -> Any:
+def fact_link(result: Any, *, width: int = WIDTH - 130, height: int = 230, legend: bool = True) -> Any:
     """The share of facts that are known over how often each had been read, a colour a step; the dashed upright is the
     threshold, shaded its interval."""
     found = [
@@ -70,14 +71,14 @@ def fact_link(result: Any, *, width: int = WIDTH - 130, height: int = 230) -> An
     if not points:
         return themed(nothing())
     facts = result.facts
-    top = max(row["count"] for row in points)
+    top, last = max(row["count"] for row in points), max(row["log_step"] for row in points)
     hue = alt.Color(
         "log_step:Q",
         scale=alt.Scale(range=[color("band"), color("pos")]),
         legend=alt.Legend(
-            title="step", gradientLength=100, gradientThickness=9, tickCount=4,
-            labelExpr="format(pow(10, datum.value) - 1, '.2~s')",
-        ),
+            title="step", gradientLength=100, gradientThickness=9, values=list(range(int(last + 1e-9) + 1)),
+            labelExpr="format(pow(10, datum.value), '.1~s')",
+        ) if legend else None,
     )  # fmt: skip
     layers: list[Any] = []
     lo, hi, threshold = (finite(facts.get(name)) for name in ("lo", "hi", "threshold"))
@@ -153,21 +154,25 @@ def binned(found: Sequence[Row]) -> list[Row]:
             known = sum(row["known"] for row in group) / len(group)
             tip = f"step {step}: of {len(group)} facts read about {number(count)} times, {percent(known)} are known"
             points.append({
-                "step": step, "log_step": math.log10(1 + step), "count": count, "known": known, "n": len(group),
+                "step": step, "log_step": math.log10(max(1, step)), "count": count, "known": known, "n": len(group),
                 "tip": tip,
             })  # fmt: skip
     return points
 
 
-def steps(field: str = "step") -> Any:
-    """The axis of steps: log-spaced, and beginning at 0."""
-    scale = alt.Scale(type="symlog", nice=False)
-    return alt.X(f"{field}:Q", title="step", scale=scale, axis=alt.Axis(tickCount=6, labelOverlap=True))
+def steps(along: Sequence[float], field: str = "step") -> Any:
+    """The axis of steps: even where most checkpoints lie far from 0, else log-spaced from 0 on."""
+    top = float(along[-1]) if along else 0.0
+    if along and float(along[len(along) // 2]) > top / 10:
+        return alt.X(f"{field}:Q", title="step", axis=alt.Axis(tickCount=6, labelOverlap=True))
+    axis = alt.Axis(values=[0.0, *(10.0**i for i in range(12) if 10.0**i <= top)], labelOverlap=True, format="~s")
+    return alt.X(f"{field}:Q", title="step", scale=alt.Scale(type="symlog", nice=False), axis=axis)
 
 
 def counted(field: str) -> Any:
     """The axis of counts."""
-    axis = alt.Axis(tickCount=5, labelOverlap=True, format="~s")
+    ticks = [0.0, *(factor * 10.0**power for power in range(8) for factor in (1, 3))]
+    axis = alt.Axis(values=ticks, labelOverlap=True, format="~s")
     return alt.X(f"{field}:Q", title="subject and object read together", scale=alt.Scale(type="symlog"), axis=axis)
 
 

@@ -74,15 +74,13 @@ def circuit(context: Context) -> Section:
         legend=[(token, role_name(role)) for role, token in hues.items() if role in used],
         code="from headwater.report.charts import as_svg\nopen('circuit.svg', 'w').write(as_svg(found))",
     )
-    small = context.drawings(beside_circuit(context), name="beside")
-    section.blocks.append(Beside(figure=drawn, small=small) if small else drawn)
     body = [
         [cell(row["source"], style="mono"), cell(row["target"], style="mono"), cell(row["score"])]
         for row in strongest(edges, "score", 8)
     ]
-    section.blocks.append(
-        Table(columns=("from", "into", "score"), rows=body, caption=f"The strongest of {number(n)} edges.")
-    )
+    table = Table(columns=("from", "into", "score"), rows=body, caption=f"The strongest of {number(n)} edges.")
+    small = context.drawings(beside_circuit(context), name="beside")
+    section.blocks += [Beside(blocks=[drawn, table], small=small)] if small else [drawn, table]
     return section
 
 

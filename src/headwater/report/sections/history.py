@@ -42,7 +42,7 @@ def when(context: Context) -> Section:
             "On test pairs, as shares of what the behavior comes to in the end: the metric on the prompts minus that "
             "on their counterfactuals, of the whole model and with only the final circuit's edges carrying the prompt. "
             "Shaded: between which checkpoints most of each formed, found on train pairs; the thin bands are 95% "
-            "intervals over pairs. Steps are log-spaced."
+            "intervals over pairs."
         )
         section.blocks.append(
             context.figure(
@@ -81,15 +81,17 @@ def _when_lead(formation: Found | None) -> list[str]:
     steps = [row["step"] for row in rows(result.tables.get("curves"), "step") if row["step"] is not None]
     last = max(steps, default=None)
     parts = [
-        f"{_WHAT[row['what']]} between step {number(row['first'])} and step {number(row['last'])}"
+        f"that of {_WHAT[row['what']]} between step {number(row['first'])} and step {number(row['last'])}"
         for row in rows(result.tables.get("windows"), "what", "first", "last")
         if row["what"] in _WHAT
     ]
     if not parts:
         return ["Neither the behavior nor its circuit rose over these checkpoints."]
     held = finite(result.facts.get("share"))
-    most = f"{percent(held)}" if held is not None else "most"
-    lead = [f"At least {most} of the rise came in a short stretch of {number(last)} steps: {listing(parts)}."]
+    most = f"at least {percent(held)}" if held is not None else "most"
+    lead = [
+        f"Over {number(last)} steps the behavior came up, and {most} of its rise lies in one stretch: {listing(parts)}."
+    ]
     halves = {
         row["what"]: finite(row["half"])
         for row in rows(result.tables.get("windows"), "what", "half")
@@ -295,5 +297,7 @@ def beside(context: Context) -> list[tuple[str, str, Any]]:
     if (formation := context.run.first("formation")) is not None:
         made.append(("When it formed", "when", charts.formation(formation.result, width=270, height=150)))
     if (found := _in_stage(context, "data", "fact_link")) is not None:
-        made.append(("Which frequency it needed", "data", charts.fact_link(found.result, width=270, height=170)))
+        made.append(
+            ("Which frequency it needed", "data", charts.fact_link(found.result, width=270, height=170, legend=False))
+        )
     return made

@@ -8,7 +8,7 @@ only wrapped.
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -131,8 +131,11 @@ class _Lost:
             "metric": metric, "old": list(self.old), "new": list(self.new), "lost": self.lost,
             "clear": bool(self.old[1] > self.new[2]),
         }  # fmt: skip
+        self.places = _places(b)
         # matrices of the blocks: what attention and MLPs compute with
-        self.matrices = [name for name, weight in before.items() if weight.ndim >= 2 and _place(b, name)[1] is not None]
+        self.matrices = [
+            name for name, weight in before.items() if weight.ndim >= 2 and self.places[name][1] is not None
+        ]
 
     def _value(self, model: "Model") -> tuple[float, float, float]:
         from headwater.behavior.evaluate import evaluate
@@ -155,7 +158,7 @@ class _Lost:
     def _back(self, value: float) -> float:
         return (value - self.new[0]) / self.lost if self.lost else float("nan")
 
-    def revival(self, fractions: Sequence[float], draws: int) -> Iterator[dict[str, Any]]:
+    def revival(self, fractions: Sequence[float], draws: int) -> list[dict[str, Any]]:
         moved = torch.cat([(self.after[n] - self.before[n]).abs().flatten() for n in self.matrices])
         order = torch.argsort(moved, descending=True, stable=True)
         sizes = [self.after[name].numel() for name in self.matrices]
@@ -173,7 +176,7 @@ class _Lost:
                     {"how": how, "fraction": fraction, "weights": n, "value": value, "lo": lo, "hi": hi,
                      "back": self._back(value), "null": float(np.mean(null)), "null_most": float(np.max(null))}
                 )  # fmt: skip
-        return iter(rows)
+        return rows
 
     def _put(self, masks: Sequence[Tensor], to: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
@@ -187,7 +190,7 @@ class _Lost:
         generator = torch.Generator().manual_seed(1000 * self.seed + draw)
         return [mask[torch.randperm(len(mask), generator=generator)] for mask in masks]
 
-    def layers(self) -> Iterator[dict[str, Any]]:
+    def layers(self) -> list[dict[str, Any]]:
         probes = [_probed(model, self.behavior) for model in (self.a, self.b)]
         # from the last layer down: ever more of the old model reads on
         theirs: dict[str, Tensor] = {}
@@ -199,14 +202,14 @@ class _Lost:
                  "probe_old": probes[0][0].get(layer), "probe_new": probes[1][0].get(layer),
                  "probe_classes": probes[0][1]}
             )  # fmt: skip
-            theirs |= {name: self.before[name] for name in self.before if _place(self.b, name)[1] == layer}
-        return iter(rows[::-1])
+            theirs |= {name: self.before[name] for name in self.before if self.places[name][1] == layer}
+        return rows[::-1]
 
     def _after_blocks(self) -> dict[str, Tensor]:
         """The old model's final norm and unembedding (of tied embeddings, which are read first, the new ones stay)."""
         first = {id(weight) for weight in self.b.hf.get_input_embeddings().parameters()}
         own = dict(self.b.hf.named_parameters())
-        late = [name for name in self.before if _place(self.b, name)[0] in ("unembedding", "final norm")]
+        late = [name for name in self.before if self.places[name][0] in ("unembedding", "final norm")]
         return {name: self.before[name] for name in late if id(own[name]) not in first}
 
 
@@ -236,34 +239,29 @@ def _weights(model: "Model") -> dict[str, Tensor]:
     return {name: weight.detach().float().cpu() for name, weight in model.hf.named_parameters()}
 
 
-def _place(model: "Model", name: str) -> tuple[str, int | None]:
-    """(kind, layer) of a weight: what part it is of."""
-    weight = dict(model.hf.named_parameters())[name]
+def _places(model: "Model") -> dict[str, tuple[str, int | None]]:
+    """Name of each weight -> (kind, layer): what part it is of."""
+    of: dict[int, tuple[str, int | None]] = {}
 
-    def holds(module: Any) -> bool:
-        return module is not None and any(one is weight for one in module.parameters())
+    def put(module: Any, kind: str, layer: int | None) -> None:
+        for weight in module.parameters() if module is not None else ():
+            of.setdefault(id(weight), (kind, layer))  # the first that claims it: of tied embeddings, the embedding
 
     for block in model.anatomy.main.blocks:
-        if not holds(block.module):
-            continue
-        if weight.ndim < 2 and (
-            holds(getattr(block.attention, "norm", None)) or holds(getattr(block.mlp, "norm", None))
-        ):
-            return "norm", block.index
-        if block.attention is not None and holds(block.attention.module):
-            return "attention", block.index
-        return ("mlp" if block.mlp is not None else "other"), block.index
-    if holds(model.hf.get_input_embeddings()):
-        return "embedding", None
-    if holds(model.anatomy.unembed):
-        return "unembedding", None
-    return ("final norm" if holds(model.anatomy.main.final_norm) else "other"), None
+        for part in (block.attention, block.mlp):
+            put(getattr(part, "norm", None), "norm", block.index)
+        put(block.attention.module if block.attention is not None else None, "attention", block.index)
+        put(block.module, "mlp" if block.mlp is not None else "other", block.index)
+    put(model.hf.get_input_embeddings(), "embedding", None)
+    put(model.anatomy.unembed, "unembedding", None)
+    put(model.anatomy.main.final_norm, "final norm", None)
+    return {name: of.get(id(weight), ("other", None)) for name, weight in model.hf.named_parameters()}
 
 
 def _components(model: "Model", before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    groups: dict[tuple[str, int | None], list[str]] = {}
+    places, groups = _places(model), dict[tuple[str, int | None], list[str]]()
     for name in before:
-        groups.setdefault(_place(model, name), []).append(name)
+        groups.setdefault(places[name], []).append(name)
     rows: list[dict[str, Any]] = []
     for (kind, layer), members in groups.items():
         x = torch.cat([before[name].double().flatten() for name in members])

@@ -280,6 +280,9 @@ def test_conditions_that_cannot_be_read_are_refused(tiny_model64: Any, ioi: Any)
         made("cast", tiny_model64, ioi, sites="resid_post.0", read_at="resid_post.2")
     with pytest.raises(MethodError, match="prompts on which not to act"):
         made("cast", tiny_model64, ioi, apart_from=())
+    with pytest.raises(MethodError, match=r"Name a head, such as z\.1\.h0"):
+        made("probe", tiny_model64, ioi, sites="z.1")
+    assert made("probe", tiny_model64, ioi, sites="z.1.h2").interventions[0].value.shape == (8,)
     with pytest.raises(MethodError, match="no strength to try"):
         made("caa", tiny_model64, ioi, strengths=())
 

@@ -128,7 +128,10 @@ class Task:
             corrupt = self.model.run(group.corrupt, capture=list(ends.values()), logits="none")
             flip = (signs[group.rows] < 0)[:, None]
             for site, end in ends.items():
-                one, other = clean[end].double().cpu().flatten(1), corrupt[end].double().cpu().flatten(1)
+                one, other = clean[end].double().cpu(), corrupt[end].double().cpu()
+                if one.ndim != 2:
+                    fix = f"Name a head, such as {site}.h0"
+                    raise MethodError("a direction is found where a token holds one vector", got=str(site), fix=fix)
                 before = found.get(site)
                 made = torch.where(flip, other, one), torch.where(flip, one, other)
                 found[site] = (

@@ -9,11 +9,12 @@ INSTALL := $(BIN)/python -m pip $(PIP_OPTIONS)
 TEST_ENV := OMP_NUM_THREADS=1
 WORKERS ?= 2
 
-.PHONY: help setup demo test test-all test-peers lint bench docs clean
+.PHONY: help setup demo demo-world test test-all test-peers lint bench docs clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo      trace indirect-object identification in SmolLM2-135M into runs/demo, print where the report is"
+	@echo "make demo-world train a small model on a world of facts, trace its capitals back to the data: runs/demo-world"
 	@echo "make test      run the tests (without the long proofs)"
 	@echo "make test-all  run all of them"
 	@echo "make test-peers compare results with transformer-lens and, where it is installed, auto-circuit"
@@ -54,6 +55,11 @@ $(VENV)-bench/.installed: pyproject.toml constraints.txt
 # An interrupted demo goes on from where it was.
 demo: $(VENV)/.installed
 	@$(BIN)/headwater trace ioi --model smollm2 --out runs/demo
+
+# The same on a small model that is trained here, whose every batch is known: when it formed, and which data formed it.
+demo-world: $(VENV)/.installed
+	@$(BIN)/headwater train examples/world.yaml --out runs/world
+	@$(BIN)/headwater trace capitals --model runs/world --out runs/demo-world
 
 test: setup
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 
@@ -42,7 +43,7 @@ def link(
         chosen = [int(one) for one in steps.split(",") if one.strip()] if steps is not None else None
     except ValueError:
         raise MethodError("--steps takes steps", got=repr(steps), wanted="such as 0,100,1000") from None
-    settings = fitted(StrengthConfig, dict(_setting(text) for text in option or []))
+    settings = fitted(StrengthConfig, _settings(option))
     found = run_link(run, _relations(run, relation or []), out=out, steps=chosen, strengths=settings)
     parts: dict[str, Any] = {name: found.tables[name].to_dicts() for name in ("correlations", "thresholds")}
     parts |= {name: found.tables[name].to_dicts() for name in ("predictions", "overlaps")}
@@ -92,12 +93,12 @@ def lre(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Fit a linear relational embedding: how linearly a model decodes a relation (Hernandez et al., 2024)."""
-    import headwater as hw
+    from headwater.core.loading import load
     from headwater.core.methods import fitted
     from headwater.data.lre import LreConfig, linear_relation
 
-    config = fitted(LreConfig, dict(_setting(text) for text in option or []))
-    found = linear_relation(hw.load(model), relation, config=config)
+    config = fitted(LreConfig, _settings(option))
+    found = linear_relation(load(model), relation, config=config)
     if out is not None:
         found.save(out)
     if json:
@@ -133,18 +134,13 @@ def _relations(run: Path, named: list[str]) -> list[Any]:
     return found
 
 
-def _setting(text: str) -> tuple[str, Any]:
-    """NAME=VALUE; a value with commas is a list."""
-    import yaml
-
-    from headwater.core.errors import MethodError
-
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise MethodError("--set takes NAME=VALUE", got=repr(text), wanted="such as n_test=50")
-    try:
-        plain = yaml.safe_load(f"[{value}]" if "," in value else value)
-    except yaml.YAMLError:
-        plain = value
-    tuples = ("layers", "ranks", "betas")
-    return name, [plain] if name in tuples and not isinstance(plain, list) else plain
+def _settings(option: list[str] | None) -> dict[str, Any]:
+    """Settings, of which a value with commas is a list, and what must be a list is one."""
+    found = settings_of(option)
+    for name, value in found.items():
+        many = value.split(",") if isinstance(value, str) and "," in value else value
+        if isinstance(many, list):
+            found[name] = [int(one) if str(one).strip().isdigit() else one for one in many]
+        elif name in ("layers", "ranks", "betas"):
+            found[name] = [many]
+    return found

@@ -2,6 +2,8 @@
 
 `Corpus` is what a model saw, in the order of its training; `count` says how often terms, and pairs of terms,
 stood in it; `linear_relation` measures how well one affine map stands for what a model does to decode a relation;
+`relation_strengths` does so over checkpoints, `frequency_link` holds that against counts, `compare_worlds` against the
+same facts under other frequencies;
 `attribute` scores training sequences for a behavior, and `remove_and_retrain` is the test of that.
 """
 
@@ -17,6 +19,9 @@ _PLACES = {
     "Lre": "headwater.data.lre",
     "LreResult": "headwater.data.lre",
     "linear_relation": "headwater.data.lre",
+    "relation_strengths": "headwater.data.link_strengths",
+    "frequency_link": "headwater.data.link",
+    "compare_worlds": "headwater.data.link_worlds",
     "NgramIndex": "headwater.data.ngrams",
     "memorized": "headwater.data.memorization",
     "nearest": "headwater.data.neighbours",
@@ -36,11 +41,14 @@ __all__ = [
     "NgramIndex",
     "Relation",
     "attribute",
+    "compare_worlds",
     "count",
+    "frequency_link",
     "linear_relation",
     "memorized",
     "nearest",
     "read_pairs",
+    "relation_strengths",
     "remove_and_retrain",
 ]
 
@@ -63,6 +71,9 @@ if TYPE_CHECKING:
     from headwater.data.attribution.result import AttributionToData
     from headwater.data.corpus import Corpus
     from headwater.data.counts import Counts, count
+    from headwater.data.link import frequency_link
+    from headwater.data.link_strengths import relation_strengths
+    from headwater.data.link_worlds import compare_worlds
     from headwater.data.lre import Lre, LreResult, linear_relation
     from headwater.data.memorization import memorized
     from headwater.data.neighbours import nearest

@@ -337,3 +337,18 @@ def test_undone_to_the_bit_on_the_real_model(smollm2: Any) -> None:
     undo(smollm2, edits[1])
     undo(smollm2, all=True)
     assert same_bits(state_of(smollm2), before) and smollm2.fingerprint == print_before
+
+
+def test_what_is_cached_of_a_model_is_not_stale_under_an_edit(tiny_model64: Any) -> None:
+    ioi = hw.behavior("ioi", n=12, seed=0)
+    plain = hw.localize.eap(tiny_model64, ioi)  # fills what is kept of the model
+    names = ["model.layers.1.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"]
+    names += ["model.layers.0.self_attn.o_proj.weight", "model.norm.weight", "lm_head.weight"]
+    edit = Edit.of(tiny_model64, "e", [random_delta(tiny_model64, name, "full", 3).times(0.1) for name in names])
+    with edit.applied(tiny_model64):
+        under = hw.localize.eap(tiny_model64, ioi)
+        fresh = hw.load(copy.deepcopy(tiny_model64.hf), tokenizer=tiny_model64.tokenizer)
+    wanted = hw.localize.eap(fresh, ioi)
+    assert under.tables["edges"].equals(wanted.tables["edges"])
+    assert not under.tables["edges"].equals(plain.tables["edges"])
+    assert under.provenance.fingerprint == wanted.provenance.fingerprint != plain.provenance.fingerprint

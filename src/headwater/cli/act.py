@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwater.cli.act_compare import compare
+from headwater.cli.act_find import find
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ def add_to(app: typer.Typer) -> None:
     group.command("run")(run)
     group.command("methods")(list_methods)
     group.command("compare")(compare)
+    group.command("find")(find)
     app.add_typer(group, name="act")
     edits = typer.Typer(no_args_is_help=True, help="Edits of weights: small files that go on a model and come off.")
     edits.command("list")(list_)
@@ -55,7 +58,7 @@ def run(
     from headwater.core.loading import load
 
     methods.get(method)
-    options = dict(_setting(text) for text in option or [])
+    options = settings_of(option)
     pairs = behaviors.make(behavior, n=n, seed=seed)
     stay = [behaviors.make(name, n=n, seed=seed) for name in other] if other else None
     loaded = load(model)
@@ -159,18 +162,3 @@ def _show_effect(found: "Effect", json: bool) -> None:
     show_rows(against, as_json=False, title="Against its controls (above 0 it does better)")
     show("")
     show_rows(found.facts["costs"], as_json=False, title="What it costs")
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """`top=5`, `goal=lower`, `heads=[a5.h3]`: a name and a YAML value."""
-    import yaml
-
-    from headwater.core.errors import MethodError
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise MethodError("cannot read a --set option", got=repr(text), wanted="NAME=VALUE, such as --set top=5")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise MethodError(f"cannot read the value of --set {name}", got=repr(value)) from None

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 _SHOWN = (
@@ -48,10 +49,9 @@ def compare(
     from headwater import behavior as behaviors
     from headwater.act.comparing.comparison import compare as compared
     from headwater.act.comparing.task import tasks
-    from headwater.cli.settings import settings_of
     from headwater.core.loading import load
 
-    settings, of_task = settings_of(option, "--set"), settings_of(task_option, "--task")
+    settings, of_task = settings_of(option), settings_of(task_option, "--task")
     what: Any = task if task in tasks else behaviors.make(task)
     found = compared(
         load(model),

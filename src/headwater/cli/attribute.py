@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 
@@ -42,7 +43,6 @@ def attribute(
     A score is no cause: --retrain is the test.
     """
     from headwater import behavior as behaviors
-    from headwater.cli.train import setting
     from headwater.core.errors import MethodError
     from headwater.data import attribute as run_attribute
     from headwater.data import remove_and_retrain
@@ -55,7 +55,7 @@ def attribute(
         asked = behaviors.make(behavior, n=n, seed=seed)
     elif queries is not None:
         asked, pairs = _queries(queries)
-    options = {"seed": seed, "k": k, "method": method} | dict(setting(text) for text in option or [])
+    options = {"seed": seed, "k": k, "method": method} | settings_of(option)
     try:
         numbers = [int(part) for part in seeds.split(",") if part.strip()]
     except ValueError:

@@ -7,6 +7,7 @@ import typer
 
 from headwater.cli import bench_programs
 from headwater.cli.bench_score import add_scores_to
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -55,7 +56,7 @@ def train(
     """
     from headwater.bench import siit
 
-    made = siit.train(name, out=out, checks=checks, **_options(setting))
+    made = siit.train(name, out=out, checks=checks, **settings_of(setting))
     _show_report(made.report, json)
     if not json:
         show("")
@@ -89,7 +90,7 @@ def recover(
 
     made = siit.load(folder)
     found = siit.recovery(
-        methods.get(method)(made.model, made.behavior(n, seed=seed), **_options(setting)), made.mechanism
+        methods.get(method)(made.model, made.behavior(n, seed=seed), **settings_of(setting)), made.mechanism
     )
     if json:
         show_json({**found.facts, "nodes": found.tables["nodes"].to_dicts()})
@@ -115,7 +116,7 @@ def toys_train(
     """Train a toy model and measure it against its answer key."""
     from headwater.bench import toys
 
-    result = toys.train(name, out=out, **_options(setting))
+    result = toys.train(name, out=out, **settings_of(setting))
     if json:
         show_json({"facts": result.facts, "rows": result.to_frame().to_dicts()})
         return
@@ -123,12 +124,6 @@ def toys_train(
     show("")
     show("  ".join(f"{key} {_short(value)}" for key, value in result.facts.items() if value is not None))
     show(f"All of it: {out}")
-
-
-def _options(settings: list[str] | None) -> dict[str, Any]:
-    from headwater.cli.localize import _setting as setting
-
-    return dict(setting(text) for text in settings or [])
 
 
 def _show_report(report: Any, json: bool) -> None:

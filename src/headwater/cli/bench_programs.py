@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def programs(
     """Learn a task as a transformer that is a Python program, and check the source against the discrete model."""
     from headwater.bench.programs import learn_program
 
-    result = learn_program(task, **_options(setting))
+    result = learn_program(task, **settings_of(setting))
     _save(result, out, {"program.py": result.source})
     if json:
         show_json({"facts": result.facts, "rows": result.to_frame().to_dicts()})
@@ -53,7 +54,7 @@ def mips_(
     """Train a small recurrent network on each task and read a Python program off it; what is not solved says why."""
     from headwater.bench.mips import mips
 
-    result = mips(task or None, out=None if out is None else out / "tasks", **_options(setting))
+    result = mips(task or None, out=None if out is None else out / "tasks", **settings_of(setting))
     _save(result, out, {f"{name}.py": source for name, source in result.facts["sources"].items()})
     if json:
         show_json({"facts": result.facts, "rows": result.to_frame().to_dicts()})
@@ -96,12 +97,12 @@ def published(
     """
     from headwater.core.errors import MethodError, did_you_mean
 
-    options = _options(setting) | {"seed": seed}
+    options = settings_of(setting) | {"seed": seed}
     known = ("ravel", "causalgym", "mib", "find", "interpbench")
     if name not in known:
         raise MethodError("unknown benchmark", got=repr(name), wanted=did_you_mean(name, known))
     if name == "find":
-        result = _find(_given(data, "--data"), _given(proposals, "--proposals"), allow_code, _options(setting))
+        result = _find(_given(data, "--data"), _given(proposals, "--proposals"), allow_code, settings_of(setting))
     elif name == "interpbench":
         from headwater.bench.published import interpbench
 
@@ -199,9 +200,3 @@ def _save(result: "Result", out: Path | None, files: dict[str, str]) -> None:
 def _saved(out: Path | None) -> None:
     if out is not None:
         show(f"All of it: {out}")
-
-
-def _options(settings: list[str] | None) -> dict[str, Any]:
-    from headwater.cli.localize import _setting as setting
-
-    return dict(setting(text) for text in settings or [])

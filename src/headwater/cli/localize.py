@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def localize(
     from headwater.localize import methods
 
     run = methods.get(method)
-    options = {"metric": metric, **dict(_setting(text) for text in option or [])}
+    options = {"metric": metric, **settings_of(option)}
     _check_names(run, method, options)
     pairs = behaviors.make(behavior, n=n, seed=seed)
     result = run(load(model), pairs, **options)
@@ -86,22 +87,3 @@ def _check_names(run: "Callable[..., Result]", method: str, options: dict[str, A
     for name in options:
         if name not in known:
             raise MethodError(f"unknown option of {method}", got=repr(name), wanted=did_you_mean(name, known))
-
-
-def _setting(text: str) -> tuple[str, Any]:
-    """`steps=5`, `direction=noise`, `sites=["head.*"]`: a name and a YAML value."""
-    import yaml
-
-    from headwater.core.errors import MethodError
-
-    name, equals, value = text.partition("=")
-    if not equals or not name.isidentifier():
-        raise MethodError("cannot read a --set option", got=repr(text), wanted="NAME=VALUE, such as --set steps=5")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise MethodError(
-            f"cannot read the value of --set {name}",
-            got=repr(value),
-            wanted="a number, a word or a list",
-        ) from None

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 
@@ -29,7 +30,6 @@ def repeated(
     json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
 ) -> None:
     """Train with a share of repeated sequences, and measure fresh loss and induction heads against the repeats."""
-    from headwater.cli.train import setting
     from headwater.core.errors import MethodError
     from headwater.dynamics.lab.config import TrainConfig
     from headwater.dynamics.repeated import repeated as run_repeated
@@ -40,7 +40,7 @@ def repeated(
     except ValueError:
         got = f"--shares {shares} --sequences {sequences} --seeds {seeds}"
         raise MethodError("shares, sequences and seeds are numbers", got=got, wanted="such as 0.1,0.5") from None
-    settings = TrainConfig.from_yaml(config, **dict(setting(text) for text in option or []))
+    settings = TrainConfig.from_yaml(config, **settings_of(option, dotted=True))
     found = run_repeated(settings, out / "runs", shares=parts, sequences=numbers[0], seeds=numbers[1], source=source)
     found.save(out / "result")
     if json:

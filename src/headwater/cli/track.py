@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 
@@ -88,15 +89,13 @@ def track(
 
 
 def _settings(texts: list[str]) -> dict[str, dict[str, Any]]:
-    from headwater.cli.train import setting
     from headwater.core.errors import MethodError
 
     found: dict[str, dict[str, Any]] = {}
-    for text in texts:
-        name, value = setting(text)
+    for name, value in settings_of(texts, dotted=True).items():
         measure, dot, own = name.partition(".")
         if not dot:
-            raise MethodError("--set takes MEASURE.NAME=VALUE", got=repr(text), wanted="such as circuit.fraction=.1")
+            raise MethodError("--set takes MEASURE.NAME=VALUE", got=repr(name), wanted="such as circuit.fraction=.1")
         found.setdefault(measure, {})[own] = value
     return found
 

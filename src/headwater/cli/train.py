@@ -1,10 +1,11 @@
 """train: a small model from scratch, from a file of settings."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def train(
     from headwater.dynamics.lab.config import TrainConfig
     from headwater.dynamics.lab.training import train as run_training
 
-    settings = TrainConfig.from_yaml(config, **dict(setting(text) for text in option or []))
+    settings = TrainConfig.from_yaml(config, **settings_of(option, dotted=True))
     try:
         run = run_training(settings, out)
     except KeyboardInterrupt:
@@ -57,18 +58,3 @@ def _finish(run: "TrainingRun", json: bool) -> None:
     if last:
         show_rows(last, as_json=False)
     show(f"{len(facts['checkpoints'])} checkpoints in {run.path}")
-
-
-def setting(text: str) -> tuple[str, Any]:
-    """Name and value of `--set NAME=VALUE`; the value as YAML reads it. Raises MethodError for another form."""
-    import yaml
-
-    from headwater.core.errors import MethodError
-
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise MethodError("--set takes NAME=VALUE", got=repr(text), wanted="such as --set model.n_layers=3")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        return name, value

@@ -86,7 +86,7 @@ def _pieces(model: "Model", corpus: str | Path | None, tokens: int) -> list[Tens
                 whole = file.read(_CHARACTERS * tokens)
         except (OSError, UnicodeDecodeError) as error:
             raise MethodError(f"cannot read the corpus {corpus}", got=error, wanted="a text file") from None
-    texts = textwrap.wrap(whole, _PIECE)
+    texts = textwrap.wrap(" ".join(whole.split()), _PIECE, break_on_hyphens=False)
     longest = min(_LONGEST, model.max_length or _LONGEST)
     found: list[Tensor] = []
     left = tokens

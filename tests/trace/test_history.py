@@ -93,9 +93,7 @@ def test_counts_are_those_of_the_rebuilt_corpus(undisturbed, world):
     order = TrainingRun.open(world).order
     tokenizer: Any = order.data.tokenizer
     lines = [
-        line
-        for k in range(order.seen(6))
-        for line in tokenizer.decode(order.tokens(k)).replace(" ", "  ").split("\n")
+        line for k in range(order.seen(6)) for line in tokenizer.decode(order.tokens(k)).replace(" ", "  ").split("\n")
     ]
     seen = counts.by(6).filter(pl.col("n") > 0)
     assert seen.height

@@ -33,3 +33,23 @@ def test_verdict_does_not_praise_a_circuit_of_a_behavior_that_is_not_there():
     sentences = verdict(partly, "ioi", "m")
     assert "survived only 0 of 1" in sentences[0] and not any(s == "Nothing was refuted." for s in sentences)
     assert "Nothing was refuted." in verdict(Ledger.of([claim("behavior-accuracy", **GOOD)]), "ioi", "m")
+
+
+def test_the_history_is_said_in_one_sentence_as_far_as_it_was_supported():
+    params = {"formed-behavior": {"first": 16, "last": 64}, "frequency-threshold": {"threshold": 23.2}}
+
+    def filed(id, **outcome):
+        made = Claim(id=id, statement=f"The {id} came up", test="t", params=params.get(id, {}))
+        return made.with_outcome(Outcome(**outcome))
+
+    good = [filed(id, **GOOD) for id in ("behavior-accuracy", "formed-behavior", "frequency-threshold", "do-data")]
+    sentences = verdict(Ledger.of(good), "capitals", "world")
+    assert sentences[1] == (
+        "Most of it formed between step 16 and step 64; a fact needs to be read about 23 times; trained on other data, "
+        "what it knows follows what it read (r 0.90 [0.80, 1.00] against 0.50)."
+    )
+    assert "that the formed-behavior came up" in sentences[2]
+    open_ones = [filed("frequency-threshold", effect=1.0, why_not="nothing was changed"), *good[:2]]
+    assert verdict(Ledger.of(open_ones), "capitals", "world")[1] == "Most of it formed between step 16 and step 64."
+    undone = [filed("behavior-accuracy", **BAD), *good[1:]]
+    assert "formed between" not in verdict(Ledger.of(undone), "capitals", "world")[1]

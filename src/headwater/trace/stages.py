@@ -23,7 +23,7 @@ from headwater.localize.graph import head_of
 from headwater.localize.judging.faithfulness import completeness, curve
 from headwater.trace import tests
 from headwater.trace.claims_history import of_history
-from headwater.trace.verdict import verdict
+from headwater.trace.verdict import history, verdict
 
 if TYPE_CHECKING:
     from headwater.core.model import Model
@@ -286,7 +286,8 @@ def claims(work: Work) -> Made:
     results: Results = {"ledger": ledger}
     for key, made in context.get("made", {}).items():
         results[key[0]] = made
-    return Made(results, {"verdict": verdict(ledger, work.behavior.name, work.model.name)})
+    facts: dict[str, Any] = {"verdict": verdict(ledger, work.behavior.name, work.model.name)}
+    return Made(results, facts | ({"history": told} if (told := history(ledger)) else {}))
 
 
 def planned(work: Work) -> list[Claim]:

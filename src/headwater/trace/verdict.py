@@ -10,12 +10,19 @@ _SHORT = {
     "circuit-beats-edges": "that it beats random edges",
     "circuit-beats-heads": "that it beats the same circuit with heads renamed at random",
     "circuit-beats-random-weights": "that it beats what the method finds in random weights",
+    "frequency-known": "that how often a fact was read tells whether it is known",
+    "frequency-pair": "that the pair's frequency tells it better than the subject's or the object's",
+    "frequency-threshold": "that facts above the threshold are known sooner than those below",
+    "link-causality": "that the linear mechanisms of relations go with how often their facts were read",
+    "link-pair": "that they go with the pairs more than with subjects or objects",
+    "do-data": "do(data): that what is known follows what is read",
+    "do-data-relations": "do(data): that the mechanisms of relations follow it",
 }
 
 
 def verdict(ledger: Ledger, behavior: str, model: str) -> list[str]:
     """A few sentences: what was supported, what was refuted, what stays open and why."""
-    sentences = [_lead(ledger, behavior, model)]
+    sentences = [_lead(ledger, behavior, model), *filter(None, [history(ledger)])]
     verbs: tuple[tuple[Status, str], ...] = (
         ("supported", "Supported"), ("refuted", "Refuted"), ("inconclusive", "Still open"),
     )  # fmt: skip
@@ -49,9 +56,29 @@ def _lead(ledger: Ledger, behavior: str, model: str) -> str:
     return f"{does}, but the circuit found survived only {good} of {len(circuit)} of its tests."
 
 
+def history(ledger: Ledger) -> str:
+    """When it formed, what it needed and whether it follows: of what was supported, in one sentence; else nothing."""
+    known = {claim.id: claim for claim in ledger if claim.status == "supported"}
+    if any(claim.id == "behavior-accuracy" and claim.status != "supported" for claim in ledger):
+        return ""
+    parts: list[str] = []
+    if formed := known.get("formed-behavior"):
+        parts.append(f"most of it formed between step {formed.params['first']} and step {formed.params['last']}")
+    if threshold := known.get("frequency-threshold"):
+        parts.append(f"a fact needs to be read about {threshold.params['threshold']:.0f} times")
+    if changed := known.get("do-data"):
+        parts.append(f"trained on other data, what it knows follows what it read (r {_measured(changed)})")
+    told = "; ".join(parts)
+    return f"{told[0].upper()}{told[1:]}." if told else ""
+
+
 def _short(claim: Claim) -> str:
     if claim.id in _SHORT:
         return _SHORT[claim.id]
+    if claim.id.startswith("formed-"):
+        text = claim.statement
+        name = text.split(" ")[0]
+        return f"that {text if name.startswith('a') and '.' in name else text[0].lower() + text[1:]}"
     if not claim.id.startswith("role-"):
         return claim.statement
     names = [f"a{layer}.h{head}" for layer, head in claim.params.get("heads", ())]

@@ -27,8 +27,10 @@ def verdict(context: Context) -> Section:
     parts = [f"{len(found)} {verb}" for status, found in by.items() if found for verb in [_verb(status, len(found))]]
     said = context.run.facts.get("claims", {}).get("verdict")
     first = visible(said[0], 600) if isinstance(said, list) and said and isinstance(said[0], str) else None
+    then = context.run.facts.get("claims", {}).get("history")
     section.lead = [
         *([first] if first else []),
+        *([visible(then, 600)] if isinstance(then, str) else []),
         f"Of {count(len(claims), 'claim')} about how {context.model} does {context.behavior}, {listing(parts)}. "
         "A claim is supported only if its effect beat its null after correction for the number of claims tested.",
     ]

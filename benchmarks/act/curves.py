@@ -24,8 +24,8 @@ def main() -> int:
     pairs = hw.behavior("ioi", n=72, seed=0)
     actions = [act(method, model, pairs, sites=SITE, goal=GOAL, strengths=(1.0, 2.0)) for method in METHODS]
     found = curves(model, pairs, actions, STRENGTHS)
-    with pl.Config(tbl_rows=100):
-        print(found.tables["curve"])
+    with pl.Config(tbl_rows=100, tbl_cols=20, tbl_width_chars=160):
+        print(found.tables["curve"].drop("n", "texts"))
     if len(sys.argv) > 1:
         found.chart().save(sys.argv[1])
     return 0

@@ -130,6 +130,6 @@ def _perplexity(losses: Any, axis: int = -1) -> Any:
 
 def _name(action: Action) -> str:
     """An action's name without its strength."""
-    strength = action.config.get("strength")
-    method, site = action.config.get("method", action.config.get("action", "")), action.config.get("site", "")
-    return f"{method} at {site}" if strength is not None and site else action.name
+    site = action.config.get("site", "")
+    method = action.config.get("method") or ("caa" if action.config.get("action") == "steer" else "")
+    return f"{method} at {site}" if method and site else action.name

@@ -10,8 +10,8 @@ from headwater.report.words import number
 
 
 def steering_curve(result: Any) -> Any:
-    """Strength against what an action does, and beside it against the perplexity of plain text; the strength that was
-    chosen is filled."""
+    """Strength against what an action does, and beside it against the perplexity of plain text; a ring stands around
+    the strength that was chosen on training pairs."""
     found = rows(result.tables.get("curve"), "action", "strength", "value", "lo", "hi", "perplexity", "chosen")
     found = [row for row in found if None not in (row["action"], row["strength"])]
     metric = str(result.facts.get("metric") or "metric").replace("_", " ")
@@ -29,27 +29,44 @@ def steering_curve(result: Any) -> Any:
             tip = f"{row['action']}, strength {number(row['strength'])}: {title} {number(value)}"
             if None not in (row.get(ends[0]), row.get(ends[1])):
                 tip += f" ({number(row[ends[0]])} to {number(row[ends[1]])})"
-            mark = "chosen" if row["chosen"] else "tried"
+            lo, hi = row.get(ends[0]), row.get(ends[1])
             shown.append(
-                {"strength": row["strength"], "value": value, "action": str(row["action"]), "mark": mark, "tip": tip}
+                {
+                    "strength": row["strength"],
+                    "value": value,
+                    "lo": value if lo is None else lo,
+                    "hi": value if hi is None else hi,
+                    "action": str(row["action"]),
+                    "chosen": bool(row["chosen"]),
+                    "tip": tip,
+                }
             )
         if not shown:
             continue
-        scale = alt.Scale(type="log") if what == "perplexity" else alt.Scale(zero=False)
+        log = what == "perplexity" and all(row["lo"] > 0 for row in shown)
+        scale = alt.Scale(type="log", nice=False) if log else alt.Scale(zero=False)
+        at = sorted({row["strength"] for row in shown})
         base = alt.Chart(data(shown)).encode(
-            x=alt.X("strength:Q", title="strength", scale=alt.Scale(type="symlog", constant=0.5)),
-            y=alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=5)),
+            x=alt.X(
+                "strength:Q",
+                title="strength",
+                scale=alt.Scale(type="symlog", constant=0.5),
+                axis=alt.Axis(values=at, grid=False, format="~g", labelOverlap="greedy"),
+            ),
             color=alt.Color(
                 "action:N",
                 scale=alt.Scale(domain=names, range=CATEGORIES),
-                legend=alt.Legend(title=None, orient="top", columns=2, labelLimit=260) if len(names) > 1 else None,
+                legend=alt.Legend(title=None, orient="top", columns=2, labelLimit=260, symbolOpacity=1)
+                if len(names) > 1
+                else None,
             ),
             description="tip:N",
             tooltip="tip:N",
         )
-        fill = alt.FillOpacity("mark:N", scale=alt.Scale(domain=["chosen", "tried"], range=[1.0, 0.15]), legend=None)
-        both = base.mark_line(strokeWidth=1.5) + base.mark_point(size=40, filled=True, stroke=None).encode(
-            fillOpacity=fill
-        )
-        panels.append(both.properties(width=(WIDTH - 120) // 2, height=200))
+        y = alt.Y("value:Q", title=title, scale=scale, axis=alt.Axis(tickCount=4))
+        spread = base.mark_rule(strokeWidth=1.5, opacity=0.35).encode(y=alt.Y("lo:Q", scale=scale), y2="hi:Q")
+        line = base.mark_line(strokeWidth=1.5).encode(y=y)
+        tried = base.mark_point(size=30, filled=True, opacity=1).encode(y=y)
+        ring = base.transform_filter("datum.chosen").mark_point(size=130, strokeWidth=2, opacity=1).encode(y=y)
+        panels.append((line + spread + tried + ring).properties(width=(WIDTH - 120) // 2, height=200))
     return themed(alt.hconcat(*panels, spacing=24)) if panels else themed(nothing())

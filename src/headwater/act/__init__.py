@@ -15,6 +15,11 @@ _NAMES = {
     "persona_pairs": "steering.persona",
     "export": "exporting",
     "restore": "exporting",
+    "grounding": "safety.grounding",
+    "head_importance": "safety.importance",
+    "known_entities": "safety.entities",
+    "cue_groups": "training.cues",
+    "pruning_curve": "editing.prune",
     "Delta": "edit",
     "Edit": "edit",
     "applied": "applying",
@@ -38,14 +43,19 @@ __all__ = [
     "act",
     "amplify",
     "applied",
+    "cue_groups",
     "curves",
     "effect",
     "export",
+    "grounding",
+    "head_importance",
     "knock_out",
+    "known_entities",
     "methods",
     "persona_pairs",
     "plain_texts",
     "prompt",
+    "pruning_curve",
     "restore",
     "rewrites",
     "steer",
@@ -71,11 +81,16 @@ if TYPE_CHECKING:
     from headwater.act.applying import applied, undo
     from headwater.act.catalog import act, methods
     from headwater.act.edit import Delta, Edit
+    from headwater.act.editing.prune import pruning_curve
     from headwater.act.editing.rewrites import rewrites
     from headwater.act.effects import Effect, effect
     from headwater.act.exporting import export, restore
     from headwater.act.measuring import plain_texts
     from headwater.act.prompting import prompt
+    from headwater.act.safety.entities import known_entities
+    from headwater.act.safety.grounding import grounding
+    from headwater.act.safety.importance import head_importance
     from headwater.act.steering import steer
     from headwater.act.steering.persona import persona_pairs
     from headwater.act.strengths import SteeringCurve, curves
+    from headwater.act.training.cues import cue_groups

@@ -163,3 +163,57 @@ def test_a_run_is_loaded_by_its_last_checkpoint_once_it_is_over(world, tmp_path)
         load_last(tmp_path / "half")
     with pytest.raises(StoreError, match="not over"):
         Investigation(**settings(tmp_path / "run", tmp_path / "half")).run()
+
+
+@pytest.mark.slow
+def test_a_second_process_trains_meanwhile_and_ends_with_the_first(undisturbed, world, tmp_path, monkeypatch):
+    """The results are those of one process; and where the first is killed, the second lets go of its run."""
+    from headwater.core.store import take_lock
+    from headwater.trace import redoing
+
+    monkeypatch.setattr(redoing, "_WORTH_IT", 0.0)
+    monkeypatch.setattr(redoing.os, "sched_getaffinity", lambda _: {0, 1})
+    begun = []
+    monkeypatch.setattr(redoing, "begin", lambda work, begin=redoing.begin: begun.append(begin(work)) or begun[-1])
+    run = Investigation(**settings(tmp_path / "two", world, stages=STAGES)).run()
+    assert begun and all(one is None or one.poll() is not None for one in begun)
+    assert run.hashes() == RunFolder.open(undisturbed).hashes()
+    script = (
+        "import json, sys; from headwater.trace import redoing; redoing._WORTH_IT = 0.0; "
+        "redoing.os.sched_getaffinity = lambda _: {0, 1}; "
+        "from headwater.trace.investigation import Investigation; Investigation(**json.loads(sys.argv[1])).run()"
+    )
+    folder = tmp_path / "killed"
+    told = json.dumps(settings(folder, world, stages=STAGES))
+    child = subprocess.Popen([sys.executable, "-c", script, told], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    second = redoing_folder(folder)
+    deadline = time.monotonic() + 240
+    while not (second / "run.lock").exists() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    while True:
+        try:
+            take_lock(second).close()
+            break
+        except StoreError:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+    Investigation(**settings(folder, world, stages=STAGES)).run()
+    assert RunFolder.open(folder).hashes() == RunFolder.open(undisturbed).hashes()
+
+
+def redoing_folder(run: Path) -> Path:
+    return run / "work" / "do_data" / "run"
+
+
+@pytest.mark.slow
+def test_facts_are_taken_out(world, tmp_path):
+    told = settings(tmp_path / "run", world, stages=("do_data",), do_data={"how": "remove", "share": 0.25})
+    run = Investigation(**told).run()
+    facts = run.facts("do_data")
+    gone = {tuple(pair) for pair in facts["removed"]}
+    assert facts["how"] == "remove" and len(gone) == round(0.25 * run.facts("data")["n_facts"])
+    counts: Any = run.load("do_data", "counts")
+    after = {(row["subject"], row["object"]): row["n"] for row in counts.by(12).to_dicts()}
+    assert all(after[pair] == 0 for pair in gone) and any(after.values())

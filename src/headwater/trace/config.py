@@ -118,7 +118,7 @@ class DataSettings(Settings):
     window: int | None = Field(default=None, ge=1)
     relations: bool = True
     """Of a world: also hold each relation's linear mechanism against how often its facts were read."""
-    checkpoints: int = Field(default=7, ge=2)
+    checkpoints: int = Field(default=8, ge=2)
     """Of those of the timeline, how many the relations are measured at."""
     n_facts: int = Field(default=60, ge=2)
     """Facts of each relation that its mechanism is judged on, at most."""

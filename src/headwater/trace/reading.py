@@ -76,8 +76,12 @@ def relations_measured(work: "Work", run: "TrainingRun", parts: Path) -> "tuple[
 
 
 def relation_steps(work: "Work") -> list[int]:
-    """The checkpoints at which relations are measured: evenly in step, as most of what is read is read late."""
-    return work.history.series.select(n=work.settings.data.checkpoints, spacing="linear").steps
+    """The checkpoints at which relations are measured: evenly among those of the timeline, whose steps were chosen by
+    whoever trained the model."""
+    steps, n = work.history.series.steps, work.settings.data.checkpoints
+    if n >= len(steps):
+        return steps
+    return [steps[round(i * (len(steps) - 1) / (n - 1))] for i in range(n)]
 
 
 def variables(work: "Work") -> tuple[str, str] | None:

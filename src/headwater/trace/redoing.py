@@ -211,7 +211,7 @@ def wait_for(work: "Work") -> None:
     """Wait for the second process; whatever it left undone is done here."""
     if work.beside is not None:
         work.beside.wait()
-        work.beside = None
+        end(work)
 
 
 def end(work: "Work") -> None:

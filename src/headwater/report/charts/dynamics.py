@@ -226,8 +226,9 @@ def _hue(shown: Sequence[Row]) -> Any:
     names = list(dict.fromkeys(row["line"] for row in shown))
     palette = [color("pos"), color("neg"), color("null"), "#9467bd", "#8c6d31", "#17becf", "#7f7f7f", "#bcbd22"]
     colors = [palette[i % len(palette)] for i in range(len(names))]
-    legend = alt.Legend(title=None, orient="right", symbolType="stroke") if len(names) > 1 else None
-    return alt.Color("line:N", scale=alt.Scale(domain=names, range=colors), legend=legend)
+    # a band is faint; its entry in the legend is the line's too
+    key = alt.Legend(title=None, orient="right", symbolType="stroke", symbolOpacity=1) if len(names) > 1 else None
+    return alt.Color("line:N", scale=alt.Scale(domain=names, range=colors), legend=key)
 
 
 def _widest(mine: list[Row]) -> set[Any]:

@@ -1,8 +1,8 @@
 """Attribution to examples on planted facts, and its causal test: `python -m benchmarks.data.attribution [FOLDER]`.
 
 24 facts, each stated in 13 of 1,500 sequences (base rate .009), with 3 lures each; a Llama of two layers (d 64) is
-trained 400 steps on them, three sets of data. Every method's precision at 10 beside base rate and co-occurrence
-retrieval; then, on the first set, what each ranking's first ten are worth: training again without them, three seeds.
+trained 400 steps on them, two sets of data. Every method's precision at 10 beside base rate and co-occurrence
+retrieval; then, on the first set, what each ranking's first ten are worth: training again without them, two seeds.
 FOLDER keeps the runs; killed, the same command goes on.
 """
 
@@ -25,7 +25,7 @@ from headwater.dynamics import TrainConfig, train
 METHODS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("cosine", {}), ("tracin", {}), ("tracin", {"normalize": True}), ("trak", {}), ("ekfac", {}),
 )  # fmt: skip
-SETS, STEPS = (0, 1, 2), 400
+SETS, STEPS = (0, 1), 400
 
 
 def main() -> int:
@@ -69,7 +69,7 @@ def main() -> int:
         with pl.Config(tbl_rows=50, tbl_cols=20, tbl_width_chars=200):
             print(table)
             made = remove_and_retrain(
-                folder / "run-0", planted(seed=0).queries, removed, folder / "without", source=0, seeds=(0, 1, 2)
+                folder / "run-0", planted(seed=0).queries, removed, folder / "without", source=0, seeds=(0, 1)
             )  # fmt: skip
             print(made.tables["effect"])
     return 0

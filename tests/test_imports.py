@@ -27,6 +27,8 @@ BY_NAME |= {("dynamics/measures/circuit.py", "localize")}
 BY_NAME |= {("dynamics/lab/redo.py", "data")}
 # Attribution reads checkpoints and the data of runs, and its test trains again: that is the lab's.
 BY_NAME |= {("data/attribution/attributing.py", "dynamics"), ("data/attribution/removing.py", "dynamics")}
+# Data curation trains again: that is the lab's.
+BY_NAME |= {("act/curation.py", "dynamics")}
 HEAVY = ["torch", "transformers", "polars", "altair", "scipy", "numpy", "pandas", "jinja2", "vl_convert"]
 
 MODULES = sorted(SRC.rglob("*.py"))

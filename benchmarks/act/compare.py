@@ -27,7 +27,7 @@ def world_edit(run: str, folder: Path) -> ActComparison:
     text, others, corpus = of_world(run, folder)
     actions = {
         "rome": ("rome", {"layer": 0, "corpus": corpus}),
-        "memit": ("memit", {"layers": (0, 1), "corpus": corpus, "preserve": 1.0}),
+        "memit": ("memit", {"layers": (0,), "corpus": corpus, "limit": 4.0}),
         "finetune": ("finetune", {"lr": 1e-3}),
         "localized": ("localized", {"lr": 2e-3}),
         "dpo": ("dpo", {"lr": 1e-3}),
@@ -41,10 +41,16 @@ def world_edit(run: str, folder: Path) -> ActComparison:
 
 def world_unlearn(run: str, folder: Path) -> ActComparison:
     text, others, _ = of_world(run, folder)
-    actions: dict[str, Any] = {}
-    for where in ("all", "output:1", "lookup:1"):
-        for name, rate in (("ascent", 5e-4), ("difference", 1e-3), ("rmu", 5e-3)):
-            actions[f"{name} {where}"] = (name, {"weights": where, "lr": rate})
+    held = {"until": 20.0}  # nats: what is unlikely enough among these words
+    actions = {
+        "ascent": ("ascent", {"lr": 5e-4, **held}),
+        "difference": ("difference", {"lr": 1e-3, **held}),
+        "difference output": ("difference", {"weights": "output:1", "lr": 2e-3, **held}),
+        "difference lookup": ("difference", {"weights": "lookup:1", "lr": 2e-3, **held}),
+        "rmu": ("rmu", {"weights": "all", "lr": 3e-3, "coefficient": 2.0}),
+        "rmu output": ("rmu", {"weights": "output:1", "layer": 1, "lr": 3e-3, "coefficient": 2.0}),
+        "rmu lookup": ("rmu", {"weights": "lookup:1", "lr": 3e-3, "coefficient": 2.0}),
+    }
     model = last(run)
     return compare(
         model, "fact_unlearn", actions, options={"n": 8}, lora=WORLD_LORA, text=text, others=others, out=folder,

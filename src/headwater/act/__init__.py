@@ -20,6 +20,11 @@ _NAMES = {
     "known_entities": "safety.entities",
     "cue_groups": "training.cues",
     "pruning_curve": "editing.prune",
+    "ActComparison": "comparing.comparison",
+    "compare": "comparing.comparison",
+    "curate": "curation",
+    "relearn": "unlearning.relearning",
+    "tasks": "comparing.task",
     "Delta": "edit",
     "Edit": "edit",
     "applied": "applying",
@@ -34,6 +39,7 @@ _NAMES = {
 }
 
 __all__ = [
+    "ActComparison",
     "Action",
     "Delta",
     "Edit",
@@ -43,7 +49,9 @@ __all__ = [
     "act",
     "amplify",
     "applied",
+    "compare",
     "cue_groups",
+    "curate",
     "curves",
     "effect",
     "export",
@@ -56,9 +64,11 @@ __all__ = [
     "plain_texts",
     "prompt",
     "pruning_curve",
+    "relearn",
     "restore",
     "rewrites",
     "steer",
+    "tasks",
     "undo",
 ]
 
@@ -80,6 +90,9 @@ if TYPE_CHECKING:
     from headwater.act.action import Action, Goal
     from headwater.act.applying import applied, undo
     from headwater.act.catalog import act, methods
+    from headwater.act.comparing.comparison import ActComparison, compare
+    from headwater.act.comparing.task import tasks
+    from headwater.act.curation import curate
     from headwater.act.edit import Delta, Edit
     from headwater.act.editing.prune import pruning_curve
     from headwater.act.editing.rewrites import rewrites
@@ -94,3 +107,4 @@ if TYPE_CHECKING:
     from headwater.act.steering.persona import persona_pairs
     from headwater.act.strengths import SteeringCurve, curves
     from headwater.act.training.cues import cue_groups
+    from headwater.act.unlearning.relearning import relearn

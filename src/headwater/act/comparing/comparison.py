@@ -17,7 +17,7 @@ from headwater.act.action import Action
 from headwater.act.catalog import act, methods
 from headwater.act.comparing import task as tasks_of
 from headwater.act.comparing.baselines import ALWAYS, NOTHING, RANDOM, baseline
-from headwater.act.comparing.measures import EFFICACY, MEASURES, Bench
+from headwater.act.comparing.measures import MEASURES, SCORED, Bench
 from headwater.act.comparing.task import Maker, Task
 from headwater.act.comparing.verdict import verdict
 from headwater.act.locating import before_after, kept
@@ -51,7 +51,8 @@ VERSUS = {
 CURVES = {
     "seed": pl.Int64, "action": pl.String, "step": pl.Int64, "part": pl.String, "attained": pl.Float64, "n": pl.Int64,
 }  # fmt: skip
-_SHARES = ("score", EFFICACY, "paraphrase", "format", "neighbours", "others", "after relearning", "probe", "lens")
+_SHARES = (*SCORED, "score", "others", "after relearning", "probe", "lens", "at random")
+_COSTS = ("weights", "tokens", "prompts to find", "seconds", "perplexity")
 _JUDGED = ("score", "after relearning", "perplexity", "probe")
 
 
@@ -60,7 +61,7 @@ class ActComparison(Result):
     """Actions beside baselines, on one task and budget.
 
     `tables["summary"]`: action, kind ("action", "baseline", "control"), measure, value (mean over seeds), lo, hi (95%
-    interval over seeds, Student's t; shares are cut at 0 and 1; null for one seed), n (seeds with a value), note (why
+    interval over seeds, Student's t, cut where a measure ends; null for one seed), n (seeds with a value), note (why
     there is none). `tables["cells"]`: the same of each seed. `tables["versus"]`: action, baseline, measure, difference
     (action minus baseline, paired by seed), lo, hi, n. `tables["curves"]`: seed, action, step, part, attained, n: the
     share of pairs as the goal wants under relearning. `facts["measures"]` says what each measure is;
@@ -236,7 +237,8 @@ class _Seed:
         if name in ALWAYS:
             return baseline(self.model, self.task, name, budget | self._lora, self.seed, self.used.shots)
         if callable(what):
-            return what(self.model, self.task, self.seed)
+            made: Any = what(self.model, self.task, self.seed)
+            return made
         method, given = read(what) if isinstance(what, str) else (what[0], dict(what[1]))
         function = methods.get(method)
         known = set(options_of(function))
@@ -247,9 +249,8 @@ class _Seed:
             own["goal"] = str(self.task.goal)
         if "target" in known and self.task.goal.direction == "lower":
             own["target"] = "foils"
-        keep = self.task.keep
-        if keep is not None and "keep" in inspect.signature(function).parameters:
-            given = {"keep": keep} | {k: v for k, v in given.items() if k != "keep"} if "keep" not in given else given
+        if self.task.keep is not None and "keep" in inspect.signature(function).parameters:
+            own["keep"] = self.task.keep
         return act(method, self.model, self.task.behavior, **{**own, **given})
 
 
@@ -326,6 +327,8 @@ def _tables(rows: list[dict[str, Any]]) -> dict[str, pl.DataFrame]:
     summary: list[dict[str, Any]] = []
     for (action, kind, measure), part in table.group_by(["action", "kind", "measure"], maintain_order=True):
         value, lo, hi, n = over_seeds(part["value"].drop_nulls().to_list(), share=measure in _SHARES)
+        if lo is not None and measure in _COSTS:
+            lo = max(0.0, lo)
         note = next((one for one in part["note"].to_list() if one), "")
         summary.append(
             {"action": action, "kind": kind, "measure": measure, "value": value, "lo": lo, "hi": hi, "n": n,

@@ -12,7 +12,7 @@ from headwater.act.effects import others_of
 from headwater.act.measuring import NOTHING, lacks_words, score, text_loss
 from headwater.act.unlearning.latent import lens, most, probe
 from headwater.act.unlearning.relearning import relearn
-from headwater.core.errors import HeadwaterError, MethodError
+from headwater.core.errors import HeadwaterError
 
 if TYPE_CHECKING:
     from headwater.behavior.bind import Bound
@@ -79,6 +79,7 @@ class Bench:
     def measure(self, action: Action, *, steps: Sequence[int], attack: dict[str, Any], latent: bool) -> dict[str, Any]:
         """measure -> value, or a note (text) that says why there is none; "curve": what relearning gave."""
         found: dict[str, Any] = dict(self.notes)
+        self._own_loss()  # of the model without the action
         model, wanted_low = self.model, self.task.goal.direction == "lower"
         with action.edited(model) as rest:
             for role, bound in self.bound.items():
@@ -125,12 +126,20 @@ class Bench:
         if not self._texts:
             return "the tokenizer lacks the words of plain text"
         try:
-            if self._loss is None:
-                self._loss = float(text_loss(self.model, self._texts, NOTHING, tokens=self._text_tokens).mean())
             loss = float(text_loss(self.model, self._texts, action, tokens=self._text_tokens).mean())
         except HeadwaterError as error:
             return _first(error)
+        if self._loss is None:
+            return "the model itself cannot read the texts"
         return math.exp(min(50.0, loss - self._loss))
+
+    def _own_loss(self) -> None:
+        if self._loss is None and self._texts:
+            try:
+                losses = text_loss(self.model, self._texts, NOTHING, tokens=self._text_tokens)
+            except HeadwaterError:
+                return
+            self._loss = float(losses.mean())
 
     def _relearned(self, action: Action, steps: Sequence[int], attack: dict[str, Any], low: bool) -> dict[str, Any]:
         assert self.task.old is not None  # asked by the caller
@@ -138,7 +147,7 @@ class Bench:
             return {"after relearning": "it changes no weights"}
         try:
             table = relearn(self.model, action, self.task.old, steps=steps, seed=self.seed, **attack)
-        except MethodError as error:
+        except HeadwaterError as error:
             return {"after relearning": _first(error)}
         curve = [
             {**row, "attained": 1 - row["accuracy"] if low else row["accuracy"]}

@@ -36,6 +36,19 @@ def unwanted(model: "Model", behavior: "Behavior", goal: Goal) -> list[Example]:
     return _examples(model, behavior, goal, wanted=False)
 
 
+def to_keep(model: "Model", keep: "Behavior | str | None") -> list[Example]:
+    """The training pairs of what is to stay, with their answers; none where nothing is given."""
+    from headwater.behavior import make
+    from headwater.behavior.table import Behavior
+
+    if keep is None:
+        return []
+    if not isinstance(keep, str | Behavior):
+        got = type(keep).__name__
+        raise MethodError("what is kept is a behavior", got=got, wanted="a Behavior, its name, or a file of pairs")
+    return wanted(model, make(keep) if isinstance(keep, str) else keep, Goal())
+
+
 def _examples(model: "Model", behavior: "Behavior", goal: Goal, *, wanted: bool) -> list[Example]:
     bound = behavior.train.bind(model)
     signs = goal.signs(bound.frame)

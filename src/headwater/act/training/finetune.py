@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headwater.act.action import Action, Goal
 from headwater.act.catalog import methods
 from headwater.act.editing.making import as_action
-from headwater.act.training.examples import Example, batches, draws, mean_loss, wanted
+from headwater.act.training.examples import Example, batches, draws, mean_loss, to_keep, wanted
 from headwater.act.training.fitting import fit
 from headwater.act.training.weights import weights_of
 from headwater.core.errors import MethodError
@@ -27,7 +27,7 @@ class TrainingConfig:
 
     weights: which (`weights_of`). goal: "raise" (toward the answers), "lower" (toward the foils), or "column=value".
     steps, batch, lr: AdamW without decay. until: training ends when the mean loss of a step is at most this, in nats a
-    token. keep: how much the loss on pairs to keep counts, where some are given.
+    token. keep_weight: how much the loss on pairs to keep counts, where some are given.
     """
 
     weights: str | tuple[str, ...] = "all"
@@ -36,15 +36,15 @@ class TrainingConfig:
     batch: int = 8
     lr: float = 5e-5
     until: float = 0.05
-    keep: float = 1.0
+    keep_weight: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not self.lr > 0:
             got = f"steps {self.steps}, batch {self.batch}, lr {self.lr}"
             raise MethodError("the sizes of training do not fit", got=got, wanted="steps and batch >= 1, lr > 0")
-        if self.until < 0 or self.keep < 0:
-            raise MethodError("until and keep are not negative", got=f"{self.until}, {self.keep}")
+        if self.until < 0 or self.keep_weight < 0:
+            raise MethodError("until and keep_weight are not negative", got=f"{self.until}, {self.keep_weight}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,15 +60,15 @@ def finetune(
     model: "Model",
     behavior: "Behavior",
     *,
-    keep: "Behavior | None" = None,
+    keep: "Behavior | str | None" = None,
     config: TrainingConfig | None = None,
     **options: Any,
 ) -> Action:
     """Train weights on the training pairs until their answers come (fine-tuning, the baseline of Wu et al., 2025).
 
-    keep: pairs whose answers are trained on beside them. Options are those of `TrainingConfig`. Known failure: a few
-    examples are learned by any weights at hand: what is alike in wording changes too, and the old answer is hidden
-    rather than gone.
+    keep: pairs (or their name, or file) whose answers are trained on beside them. Options are those of
+    `TrainingConfig`. Known failure: a few examples are learned by any weights at hand: what is alike in wording changes
+    too, and the old answer is hidden rather than gone.
     """
     used = configured(TrainingConfig, config, options)
     return trained(model, behavior, used, keep, method="finetune")
@@ -79,7 +79,7 @@ def localized(
     model: "Model",
     behavior: "Behavior",
     *,
-    keep: "Behavior | None" = None,
+    keep: "Behavior | str | None" = None,
     config: LocalizedConfig | None = None,
     **options: Any,
 ) -> Action:
@@ -94,12 +94,12 @@ def localized(
 
 
 def trained(
-    model: "Model", behavior: "Behavior", used: TrainingConfig, keep: "Behavior | None", *, method: str
+    model: "Model", behavior: "Behavior", used: TrainingConfig, keep: "Behavior | str | None", *, method: str
 ) -> Action:
     """The action of fine-tuning under a config."""
     goal = Goal.parse(used.goal)
     some = wanted(model, behavior, goal)
-    kept = wanted(model, keep, Goal()) if keep is not None and used.keep else []
+    kept = to_keep(model, keep) if used.keep_weight else []
     weights = weights_of(model, used.weights, behavior)
     objective = Answering(some, kept, used, model.device)
     found = fit(model, weights, objective, steps=used.steps, lr=used.lr, until=lambda x: x <= used.until, label=method)
@@ -137,7 +137,7 @@ class Answering:
     def __call__(self, twin: nn.Module, step: int) -> Iterator[tuple[Tensor, float | None]]:
         yield from self._part(twin, self._some, next(self._order), 1.0, watched=True)
         if self._kept_order is not None:
-            yield from self._part(twin, self._kept, next(self._kept_order), self._used.keep, watched=False)
+            yield from self._part(twin, self._kept, next(self._kept_order), self._used.keep_weight, watched=False)
 
     def _part(
         self, twin: nn.Module, examples: list[Example], numbers: list[int], weight: float, *, watched: bool

@@ -10,7 +10,7 @@ from torch import nn
 from headwater.act.action import Action, Goal
 from headwater.act.catalog import methods
 from headwater.act.edit import Delta
-from headwater.act.training.examples import wanted
+from headwater.act.training.examples import to_keep, wanted
 from headwater.act.training.finetune import Answering, TrainingConfig, finished
 from headwater.act.training.fitting import Fitted, run_steps, twin_of
 from headwater.act.training.weights import weights_of
@@ -41,7 +41,7 @@ def lora(
     model: "Model",
     behavior: "Behavior",
     *,
-    keep: "Behavior | None" = None,
+    keep: "Behavior | str | None" = None,
     config: LoraConfig | None = None,
     **options: Any,
 ) -> Action:
@@ -54,7 +54,7 @@ def lora(
     used = configured(LoraConfig, config, options)
     goal = Goal.parse(used.goal)
     some = wanted(model, behavior, goal)
-    kept = wanted(model, keep, Goal()) if keep is not None and used.keep else []
+    kept = to_keep(model, keep) if used.keep_weight else []
     weights = weights_of(model, used.weights, behavior)
     objective = Answering(some, kept, used, model.device)
     found = _fit(model, set(weights.parts), objective, used)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from headwater.act.applying import parameters_of
 from headwater.act.edit import Delta
-from headwater.core.errors import MethodError, did_you_mean
+from headwater.core.errors import HeadwaterError, MethodError, did_you_mean
 from headwater.core.sites import Site
 
 if TYPE_CHECKING:
@@ -105,9 +105,10 @@ def _named(model: "Model", name: str) -> "dict[str, tuple[int, Tensor] | None]":
     if name in ("embed", "logits"):
         module = model.hf.get_input_embeddings() if name == "embed" else model.hf.get_output_embeddings()
         return _parameters(model, [module] if module is not None else [])
+    whole = name[1:] if name[:1] == "a" and name[1:].isdigit() else ""  # `a5`: all heads of a layer
     try:
-        site = Site.parse(name)
-    except Exception:
+        site = Site.parse(f"attn_out.{whole}" if whole else name)
+    except HeadwaterError:
         raise MethodError("no such weights", got=repr(name), wanted=_EXAMPLES) from None
     if not isinstance(site.layer, int) or site.kind not in ("mlp_out", "attn_out", "head", "z"):
         raise MethodError("no such weights", got=repr(name), wanted=f"{_EXAMPLES}; {did_you_mean(name, own)}")

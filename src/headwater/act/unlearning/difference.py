@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from headwater.act.action import Action, Goal
 from headwater.act.catalog import methods
 from headwater.act.measuring import lacks_words, plain_texts
-from headwater.act.training.examples import Example, batches, draws, mean_loss, texts, wanted
+from headwater.act.training.examples import Example, batches, draws, mean_loss, texts, to_keep, wanted
 from headwater.act.training.finetune import finished
 from headwater.act.training.fitting import fit
 from headwater.act.training.weights import weights_of
@@ -50,12 +50,12 @@ class AscentConfig:
 class DifferenceConfig(AscentConfig):
     """`AscentConfig`, and how much the loss on what is kept counts."""
 
-    keep: float = 1.0
+    keep_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.keep > 0:
-            raise MethodError("what is kept counts something", got=self.keep, fix="Use `ascent` without it")
+        if not self.keep_weight > 0:
+            raise MethodError("what is kept counts something", got=self.keep_weight, fix="Use `ascent` without it")
 
 
 @methods.register("ascent")
@@ -74,23 +74,24 @@ def difference(
     model: "Model",
     behavior: "Behavior",
     *,
-    keep: "Behavior | None" = None,
+    keep: "Behavior | str | None" = None,
     config: DifferenceConfig | None = None,
     **options: Any,
 ) -> Action:
     """Gradient difference (Liu et al., 2022): up the loss of what is forgotten, down that of what is kept.
 
-    keep: pairs whose answers stay; without them plain text does. Options are those of `DifferenceConfig`. Known
-    failure: knowledge is hidden rather than removed: it comes back with a few examples, and in other formats.
+    keep: pairs (or their name, or file) whose answers stay; without them plain text does. Options are those of
+    `DifferenceConfig`. Known failure: knowledge is hidden rather than removed: it comes back with a few examples, and
+    in other formats.
     """
     used = configured(DifferenceConfig, config, options)
-    return _unlearned(model, behavior, used, kept_examples(model, keep), used.keep, "difference")
+    return _unlearned(model, behavior, used, kept_examples(model, keep), used.keep_weight, "difference")
 
 
-def kept_examples(model: "Model", keep: "Behavior | None") -> list[Example]:
+def kept_examples(model: "Model", keep: "Behavior | str | None") -> list[Example]:
     """The pairs to keep with their answers, or plain texts. Raises MethodError where there is neither."""
     if keep is not None:
-        return wanted(model, keep, Goal())
+        return to_keep(model, keep)
     some = [text for text in plain_texts() if not lacks_words(model, text)]
     if not some:
         raise MethodError("there is nothing to keep: the tokenizer lacks the words of plain text", fix="Give keep=")

@@ -28,21 +28,22 @@ class RmuConfig:
 
     layer: after which layer the stream is held (a third of the way up, if not said). weights: which; None means the
     MLPs of that layer and of the two before it. coefficient: how long the random direction is, in lengths of the
-    stream there (Dang et al., 2024). keep: how much holding the stream on what is kept counts. steps, batch, lr: AdamW.
+    stream there (Dang et al., 2024). keep_weight: how much holding the stream on what is kept counts. steps, batch,
+    lr: AdamW.
     """
 
     layer: int | None = None
     weights: str | tuple[str, ...] | None = None
     goal: str = "lower"
     coefficient: float = 5.0
-    keep: float = 20.0
+    keep_weight: float = 20.0
     steps: int = 40
     batch: int = 8
     lr: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or not self.lr > 0 or not self.coefficient > 0 or self.keep < 0:
+        if self.steps < 1 or self.batch < 1 or not self.lr > 0 or not self.coefficient > 0 or self.keep_weight < 0:
             got = f"steps {self.steps}, batch {self.batch}, lr {self.lr}, coefficient {self.coefficient}"
             raise MethodError("the sizes of unlearning do not fit", got=got, wanted="all of them above 0")
         if self.goal not in ("raise", "lower"):
@@ -54,15 +55,16 @@ def rmu(
     model: "Model",
     behavior: "Behavior",
     *,
-    keep: "Behavior | None" = None,
+    keep: "Behavior | str | None" = None,
     config: RmuConfig | None = None,
     **options: Any,
 ) -> Action:
     """Representation misdirection for unlearning (Li et al., 2024): where a pair that is to be forgotten is read, the
     stream becomes one random direction; on what is kept it stays.
 
-    keep: pairs whose stream stays; without them plain text's does. Options are those of `RmuConfig`. Known failure: the
-    layers below still hold what was known, which probes and a few steps of training bring back.
+    keep: pairs (or their name, or file) whose stream stays; without them plain text's does. Options are those of
+    `RmuConfig`. Known failure: the layers below still hold what was known, which probes and a few steps of training
+    bring back.
     """
     used = configured(RmuConfig, config, options)
     layer = used.layer if used.layer is not None else max(0, model.n_layers // 3 - (model.n_layers < 6))
@@ -113,7 +115,7 @@ class _Misdirecting:
             with torch.no_grad():
                 was = stream(self._frozen, self._block, ids_BT)
             off = (stream(twin, self._block, ids_BT) - was).square().mean((1, 2)).sum() / len(numbers)
-            yield self._used.keep * off, None
+            yield self._used.keep_weight * off, None
 
 
 def stream(hf: nn.Module, block: str, ids_BT: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def test_a_margin_is_part_of_the_claim() -> None:
     assert order(told, margin=200).p > 0.05  # it may be 200 or 180: a change lies between two checkpoints
     assert order(told, margin=300).p > 0.5
     assert order(told).details["probability"] == 1.0
+    assert told.came_first(("m", "a"), ("m", "b"), margin=100).effect == order(told).effect
 
 
 def test_noise_has_no_order() -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,6 +16,7 @@ from headwater.core.errors import HeadwaterError, MethodError, StoreError, did_y
 from headwater.core.files import read_json, to_json, whole_folder, write_bytes, write_whole
 from headwater.core.progress import track as shown
 from headwater.core.results import Provenance, Result, register_result
+from headwater.dynamics.first import came_first
 from headwater.dynamics.measures import acrosses, measures
 from headwater.dynamics.measures.base import Others, Probe, check_settings
 from headwater.dynamics.series import Checkpoint, CheckpointSeries
@@ -23,6 +24,7 @@ from headwater.dynamics.transitions import transitions
 
 if TYPE_CHECKING:
     from headwater.behavior.table import Behavior
+    from headwater.claims import Outcome
     from headwater.dynamics.lab.run import TrainingRun
 
 _TRAINED = 1 << 14  # sequences: training data up to this size is shown to the measures
@@ -90,6 +92,12 @@ class Timeline(Result):
 
         found = self.curve(measure, name)
         return crossing(found["step"].to_numpy().astype(float), found["value"].to_numpy(), level, rising=rising)
+
+    def came_first(
+        self, first: Sequence[str], second: Sequence[str], *, margin: float = 0.0, seed: int = 0
+    ) -> "Outcome":
+        """Whether one curve changed more than `margin` steps before another: see `headwater.dynamics.first`."""
+        return came_first(self, first, second, margin=margin, seed=seed)
 
 
 def track(

@@ -42,6 +42,7 @@ def test_a_run_is_linked_and_held_against_its_twin(runs: Path) -> None:
     told = json.loads(done.stdout)
     assert {row["level"] for row in told["worlds"]} == {"relation", "fact"}
     assert (runs / "lb" / "worlds" / "result.json").exists()
+    assert [row["status"] for row in told["claims"]] == ["inconclusive"]  # three relations are too few to decide
 
 
 def test_mistakes_of_link_leave_with_2(runs: Path) -> None:

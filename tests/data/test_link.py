@@ -353,6 +353,8 @@ def test_the_twin_world_tells_cause_from_correlation() -> None:
     outcome = run_test("counterfactual_pretraining", Context(worlds=found), {"reference": 0.5})
     assert outcome.effect == found.facts["r"] and outcome.reference == 0.5 and not outcome.why_not
     assert found.chart().to_dict()
+    claim = found.ledger()["do-data-frequency"]
+    assert claim.status == "supported" and claim.effect == found.facts["r"] and claim.stage == "data"
     # a mechanism that does not follow its frequency: the strengths of the same world, the counts of the other
     deaf = compare_worlds(one, counts, one, Counts(tables=tables, facts={}), draws=200)
     assert math.isnan(deaf.facts["r"])

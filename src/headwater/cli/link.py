@@ -53,6 +53,9 @@ def link(
             *(part[name] for part in (one, other) for name in _PARTS)  # pyright: ignore[reportArgumentType]
         )
         worlds.save(out / "worlds")
+        ledger = worlds.ledger()
+        ledger.save(out / "ledger")
+        parts["claims"] = ledger.to_frame().select("statement", "status", "effect", "lo", "hi", "p", "n").to_dicts()
         parts["worlds"] = worlds.tables["correlations"].to_dicts()
     if json:
         show_json({"facts": found.facts, **parts})
@@ -78,6 +81,8 @@ def _show(facts: dict[str, Any], parts: dict[str, Any]) -> None:
         show("")
         show_rows(flagged, as_json=False, title="Confounds: facts that lines of another relation say too")
     if "worlds" in parts:
+        show("")
+        show_rows(parts["claims"], as_json=False, title="do(data)")
         show("")
         show_rows(parts["worlds"], as_json=False, title="Other frequencies, other mechanisms: change against change")
     show(f"{len(facts['relations'])} relations at {len(facts['steps'])} checkpoints")

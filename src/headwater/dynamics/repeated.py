@@ -96,7 +96,7 @@ def bumps(points: pl.DataFrame, measure: str | None = None) -> list[dict[str, An
 
     A row a share: share, repeats and sequences of the worst point, value, without (no repeats), above_fewer and
     above_more (how far it lies above the points of fewest and of most repeats; None where it is that point), bump: it
-    lies between them, and its least seed above their greatest.
+    lies between them, and its least seed above their greatest (None of a single seed).
     """
     losses = [name for name in points["measure"].unique(maintain_order=True) if name.endswith(" loss")]
     name = measure or losses[0]
@@ -113,7 +113,7 @@ def bumps(points: pl.DataFrame, measure: str | None = None) -> list[dict[str, An
             "value": worst["value"], "without": plain["value"][0] if plain.height else None,
             "above_fewer": worst["value"] - ends[0]["value"] if worst is not ends[0] else None,
             "above_more": worst["value"] - ends[1]["value"] if worst is not ends[1] else None,
-            "bump": inside and all(worst["lo"] > end["hi"] for end in ends),
+            "bump": inside and all(worst["lo"] > end["hi"] for end in ends) if worst["n"] > 1 else None,
         })  # fmt: skip
     return found
 

@@ -16,9 +16,9 @@ from headwater.bench.scoring import measures as m
 from headwater.bench.scoring.baselines import BASELINES
 from headwater.bench.scoring.readings import Reading, edge_rows, joined, node_rows, read, scored_edges
 from headwater.bench.scoring.spending import Spent, spent
-from headwater.core.cells import Cells
 from headwater.bench.scoring.subjects import Source, Subject, made_or_why, sources
 from headwater.bench.scoring.table import CELLS, FAILED, MODELS, UNSCORED, TruthScores, summed_up
+from headwater.core.cells import Cells
 from headwater.core.errors import HeadwaterError, MethodError, ModelError
 from headwater.core.files import to_json, write_whole
 from headwater.core.progress import track

@@ -605,7 +605,16 @@ MAKERS = {
     "attention_tracing": ("localize", attention_tracing),
     **{
         kind: (stage, lambda kind=kind, make=make: result(kind, make(), HISTORY_FACTS.get(kind)))
-        for kind, (stage, make) in {**TABLES, **DYNAMICS, **DATA, **EXAMPLES, **HISTORY, **SAFETY, **ACTS, **COMPARING}.items()
+        for kind, (stage, make) in {
+            **TABLES,
+            **DYNAMICS,
+            **DATA,
+            **EXAMPLES,
+            **HISTORY,
+            **SAFETY,
+            **ACTS,
+            **COMPARING,
+        }.items()
     },
 }
 

@@ -114,7 +114,6 @@ def as_svg(result: Any, *, name: str = "chart") -> str:
 
 
 __all__ = [
-    "cue_groups",
     "KINDS",
     "act_comparison",
     "algebra",
@@ -132,6 +131,7 @@ __all__ = [
     "connectivity",
     "counterfactual_pretraining",
     "counts",
+    "cue_groups",
     "data_attribution",
     "data_removal",
     "delta",

@@ -91,8 +91,13 @@ def _short(claim: Claim) -> str:
 def _measured(claim: Claim) -> str:
     if claim.effect is None:
         return "not measured"
-    span = f" [{claim.lo:.2f}, {claim.hi:.2f}]" if claim.lo is not None and claim.hi is not None else ""
-    against = f" against {claim.null_mean:.2f}" if claim.null_mean is not None else ""
+    span = f" [{_two(claim.lo)}, {_two(claim.hi)}]" if claim.lo is not None and claim.hi is not None else ""
+    against = f" against {_two(claim.null_mean)}" if claim.null_mean is not None else ""
     if not against and claim.reference:
-        against = f" against {claim.reference:.2f}"
-    return f"{claim.effect:.2f}{span}{against}"
+        against = f" against {_two(claim.reference)}"
+    return f"{_two(claim.effect)}{span}{against}"
+
+
+def _two(value: float | None) -> str:
+    """Two digits, and no minus before zero."""
+    return "none" if value is None else f"{round(value, 2) + 0.0:.2f}"

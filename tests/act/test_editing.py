@@ -236,6 +236,18 @@ def test_contexts_leave_the_subject_where_it_is(model: Any, ioi: Any) -> None:
         assert int(fact.essence[-1]) == int(plain[0])
 
 
+def test_a_pair_that_is_dropped_moves_no_other(model: Any) -> None:
+    rows = hw.behavior("ioi", n=24, seed=0).train[:3].frame.to_dicts()
+    lost = {**rows[0], "id": "lost", "counterfactual": rows[0]["counterfactual"] + " and far too many more words"}
+    behavior = hw.Behavior.from_rows([lost, *rows], name="ioi")
+    with_it = read_facts(model, behavior, FactConfig(subject="S2"))
+    without_it = read_facts(model, behavior[1:], FactConfig(subject="S2"))
+    assert behavior.bind(model).n == len(rows) == len(with_it)
+    for one, other in zip(with_it, without_it, strict=True):
+        assert one.prompt == other.prompt == model.tokenizer.decode(one.tokens[0])
+        assert len(one.tokens) == len(other.tokens) > 1  # the contexts stand before the prompt itself
+
+
 @pytest.fixture
 def words(tmp_path: Path) -> dict[str, Any]:
     """One fact in words that every family of `localize_families` has, and a text of them."""

@@ -69,12 +69,13 @@ def read_facts(model: "Model", behavior: "Behavior", config: FactConfig) -> list
         fix = "Name one with subject=, or use a behavior that names its subjects"
         raise MethodError(f"no position {config.subject!r} in {behavior.name}", got=bound.positions, fix=fix)
     found: dict[int, Fact] = {}
+    prompts = behavior.train.prompts  # what a group's rows count: also the pairs that were dropped
     for group in bound.groups:
         targets = group.answers if config.target == "answers" else group.foils
         for at, row in enumerate(group.rows):
             if int(targets[at, 0]) < 0:
-                raise MethodError(f"a pair has no {config.target} to write", got=bound.frame["prompt"][row])
-            prompt = bound.frame["prompt"][row]
+                raise MethodError(f"a pair has no {config.target} to write", got=prompts[row])
+            prompt = prompts[row]
             place = int(group.positions[config.subject][at])
             tokens, places = _in_contexts(model, prompt, group.clean[at].cpu(), place)
             found[row] = Fact(

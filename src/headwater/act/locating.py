@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from headwater.act.measuring import main_metric
-from headwater.behavior.metrics import metric
+from headwater.act.measuring import main_metric, said
 from headwater.core.errors import MethodError
 from headwater.core.interventions import resample
 from headwater.core.progress import track
@@ -40,7 +39,6 @@ def profile(
     """
     bound = behavior.train.bind(model)
     name = main_metric(behavior)
-    function = metric(name)
     sites = [site for kind in kinds for site in model.sites() if site.kind == kind and not site.stack]
     if not sites:
         raise MethodError(f"{model.name} has no {' or '.join(kinds)}")
@@ -56,15 +54,15 @@ def profile(
         clean = model.run(some.clean, capture=sites, logits="last")
         corrupt = model.run(some.corrupt, logits="last")
 
-        def said(logits: Any, some: Any = some) -> float:
-            return float(function(logits, some.answers.to(logits.device), some.foils.to(logits.device)).double().sum())
+        def total_of(logits: Any, some: Any = some) -> float:
+            return float(said(name, logits, some).double().sum())
 
-        start = said(corrupt.logits)
-        apart += said(clean.logits) - start
+        start = total_of(corrupt.logits)
+        apart += total_of(clean.logits) - start
         where = some.positions[position] if position is not None else None
         for site in track(sites, "patching parts"):
             patched = model.run(some.corrupt, logits="last", interventions=[resample(site, clean, positions=where)])
-            total[str(site)] += said(patched.logits) - start
+            total[str(site)] += total_of(patched.logits) - start
     if abs(apart) < 1e-9:
         raise MethodError(f"{name} does not tell prompts of {behavior.name!r} from counterfactuals", fix="Other pairs")
     return {site: value / apart for site, value in total.items()}

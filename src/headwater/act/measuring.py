@@ -17,7 +17,7 @@ from headwater.behavior.table import Behavior
 from headwater.core.errors import MethodError
 
 if TYPE_CHECKING:
-    from headwater.behavior.bind import Bound
+    from headwater.behavior.bind import Bound, Group
     from headwater.core.model import Model
 
 Floats = NDArray[np.float64]
@@ -32,6 +32,11 @@ def main_metric(behavior: Behavior) -> str:
     return "logit_diff" if all(len(foils) for foils in behavior.frame["foils"].to_list()) else "prob_diff"
 
 
+def said(name: str, logits: torch.Tensor, group: "Group") -> torch.Tensor:
+    """[B]: a metric of a group's pairs, from their logits [B, V], on whatever device those are."""
+    return metric(name)(logits, group.answers.to(logits.device), group.foils.to(logits.device))
+
+
 def score(model: "Model", bound: "Bound", action: Action, metrics: Iterable[str]) -> pl.DataFrame:
     """id and one column a metric, for each pair, under `action`.
 
@@ -44,15 +49,13 @@ def score(model: "Model", bound: "Bound", action: Action, metrics: Iterable[str]
     if action.prefix:
         bound = prefixed(bound, action.prefix).bind(model)
     ids = bound.behavior.frame["id"].to_list()
-    functions = {name: metric(name) for name in metrics}
-    columns: dict[str, list[float]] = {name: [] for name in functions}
+    columns: dict[str, list[float]] = {name: [] for name in metrics}
     rows: list[str] = []
     for group in bound.groups:
         run = model.run(group.clean, logits="last", interventions=action.interventions, positions=group.positions)
         rows += [ids[row] for row in group.rows]
-        answers, foils = group.answers.to(run.logits.device), group.foils.to(run.logits.device)
-        for name, function in functions.items():
-            columns[name] += function(run.logits, answers, foils).double().tolist()
+        for name, values in columns.items():
+            values += said(name, run.logits, group).double().tolist()
     return pl.DataFrame({"id": rows, **columns}).sort("id")
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from headwater.act.applying import name_of
 from headwater.act.edit import Delta
+from headwater.act.measuring import said
 from headwater.core.anatomy import Attention, Mlp, linear_weight
 from headwater.core.errors import MethodError
 
@@ -140,15 +141,12 @@ def writes_directly(model: "Model", layer: int, kind: str) -> bool:
 def readouts(model: "Model", bound: "Bound", metric: str) -> "list[tuple[Group, Tensor, Any]]":
     """For each group of pairs: the gradient of the metric at the last layer's stream, at the last token [B, D], which
     is how far each write there counts; and the run, which captured `neurons` and `z` of every layer."""
-    from headwater.behavior.metrics import metric as metric_of
-
-    last = f"resid_post.{model.n_layers - 1}"
-    function, found = metric_of(metric), []
+    last, found = f"resid_post.{model.n_layers - 1}", []
     wanted = [last, *(str(site) for kind in ("z", "neurons") for site in model.sites() if site.kind == kind)]
     for group in bound.groups:
         run = model.run(group.clean, capture=wanted, logits="last", grad=True)
-        said = function(run.logits, group.answers.to(run.logits.device), group.foils.to(run.logits.device)).sum()
-        found.append((group, run.grads(said, [last])[last][:, -1].detach(), run))
+        total = said(metric, run.logits, group).sum()
+        found.append((group, run.grads(total, [last])[last][:, -1].detach(), run))
     return found
 
 

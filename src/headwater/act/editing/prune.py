@@ -18,8 +18,7 @@ from headwater.act.catalog import methods
 from headwater.act.edit import Delta
 from headwater.act.editing.making import as_action
 from headwater.act.editing.parts import down_projection
-from headwater.act.measuring import NOTHING, main_metric, plain_texts, score, text_loss
-from headwater.behavior.metrics import metric as metric_of
+from headwater.act.measuring import NOTHING, main_metric, plain_texts, said, score, text_loss
 from headwater.core.errors import MethodError
 from headwater.core.methods import configured
 from headwater.core.progress import track
@@ -88,11 +87,11 @@ def prune(model: "Model", behavior: "Behavior", *, config: PruneConfig | None = 
 def relevance(model: "Model", bound: "Bound", metric: str) -> Tensor:
     """[L, M]: |activation x gradient of the metric|, summed over tokens, mean over pairs."""
     sites = [f"neurons.{layer}" for layer in range(model.n_layers)]
-    function, total = metric_of(metric), torch.zeros(0)
+    total = torch.zeros(0)
     for group in bound.groups:
         run = model.run(group.clean, capture=sites, logits="last", grad=True)
-        said = function(run.logits, group.answers.to(run.logits.device), group.foils.to(run.logits.device)).sum()
-        total = _added(total, [(run[site] * grad).detach() for site, grad in run.grads(said, sites).items()])
+        counted = said(metric, run.logits, group).sum()
+        total = _added(total, [(run[site] * grad).detach() for site, grad in run.grads(counted, sites).items()])
     return total / bound.n
 
 

@@ -10,6 +10,7 @@ from headwater.act.catalog import methods
 from headwater.act.edit import Delta
 from headwater.act.editing.making import EditConfig, candidate, chosen
 from headwater.act.editing.parts import head_columns, heads_of, out_projection
+from headwater.act.measuring import said
 from headwater.act.steering.choosing import Task
 from headwater.core.errors import MethodError
 from headwater.core.methods import configured
@@ -80,16 +81,14 @@ def scaled_heads(model: "Model", factors: dict[Head, float]) -> list[Delta]:
 
 def helping(task: Task) -> dict[Head, float]:
     """For each head: how much the metric, counted in the goal's direction, grows with its output, to first order."""
-    from headwater.behavior.metrics import metric as metric_of
-
-    model, function = task.model, metric_of(task.metric)
+    model = task.model
     signs = task.signs(task.goals[0])
     sites = [site for site in model.sites() if site.kind == "z"]
     scores: dict[Head, float] = {}
     for group in task.fit.groups:
         run = model.run(group.clean, capture=sites, logits="last", grad=True)
-        said = function(run.logits, group.answers.to(run.logits.device), group.foils.to(run.logits.device))
-        slopes = run.grads((signs[group.rows].to(said) * said).sum(), sites)
+        values = said(task.metric, run.logits, group)
+        slopes = run.grads((signs[group.rows].to(values) * values).sum(), sites)
         for site in sites:
             along_H = (slopes[str(site)] * run[site]).detach().double().sum((0, 1, 3)) / task.fit.n
             for head, value in enumerate(along_H.tolist()):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from headwater.act.action import Action
 from headwater.act.catalog import methods
+from headwater.act.measuring import said
 from headwater.act.safety.telling import Detection, auroc, both_kinds, detectors_table, parts_table
 from headwater.act.steering.choosing import SteerConfig, Task, adding, steered
-from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError
 from headwater.core.methods import configured
 from headwater.core.progress import track
@@ -108,7 +108,7 @@ class _Read:
             at = group.positions[entity].to(run.logits.device)
             for site in sites:
                 streams[site].append(run[site][torch.arange(len(at), device=at.device), at].double().cpu())
-            known.append((metric("logit_diff")(run.logits, group.answers, group.foils) > 0).cpu())
+            known.append((said("logit_diff", run.logits, group) > 0).cpu())
             confidence.append(run.logits.double().log_softmax(-1).amax(-1).cpu())
             rows = bound.behavior.frame[group.rows]
             tokens.append(_tokens(model, rows["prompt"].to_list(), rows["positions"].to_list(), entity))

@@ -15,6 +15,7 @@ from torch import Tensor
 from headwater.act.ablation import Scale, _others
 from headwater.act.action import Action
 from headwater.act.catalog import methods
+from headwater.act.measuring import said
 from headwater.act.safety.telling import (
     Detection,
     Floats,
@@ -24,7 +25,6 @@ from headwater.act.safety.telling import (
     standardized,
 )
 from headwater.act.steering.choosing import Candidate, SteerConfig, Task, choose
-from headwater.behavior.metrics import metric
 from headwater.core.errors import MethodError
 from headwater.core.interventions import Intervention
 from headwater.core.methods import configured
@@ -122,7 +122,7 @@ def _scored(
                 f"the behavior names no position {used.context!r}", got=known, fix="Set context=, or take `conflict`"
             )
         logits, values = _read(model, group, used)
-        preferred.append(metric("logit_diff")(logits, group.answers, group.foils) > 0)
+        preferred.append(said("logit_diff", logits, group) > 0)
         for name, value in values.items():
             found.setdefault(name, []).append(value.double().cpu().numpy())
     yes = torch.cat(preferred).cpu().numpy()

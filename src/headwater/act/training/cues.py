@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from headwater.act.action import Action, Goal, column_of
 from headwater.act.catalog import methods
+from headwater.act.measuring import said
 from headwater.act.training.examples import Example, batches, draws, mean_loss, wanted
 from headwater.act.training.finetune import TrainingConfig, finished
 from headwater.act.training.fitting import fit
 from headwater.act.training.weights import weights_of
-from headwater.behavior.metrics import interval, metric
+from headwater.behavior.metrics import interval
 from headwater.claims.statistics import p_from_draws
 from headwater.core.errors import MethodError
 from headwater.core.methods import configured
@@ -119,8 +120,8 @@ class _Streams:
         ids, kept = bound.behavior.frame["id"].to_list(), dict[str, tuple[Floats, float]]()
         for group in bound.groups:
             run = model.run(group.clean, capture=[where.at(-1)], logits="last")
-            said = metric("accuracy")(run.logits, group.answers, group.foils).double().cpu().tolist()
-            for row, stream, right in zip(group.rows, run[where.at(-1)].double().cpu().numpy(), said, strict=True):
+            values = said("accuracy", run.logits, group).double().cpu().tolist()
+            for row, stream, right in zip(group.rows, run[where.at(-1)].double().cpu().numpy(), values, strict=True):
                 kept[ids[row]] = (stream, float(right))
         rows = [kept[id] for id in bound.frame["id"].to_list()]
         return _Streams(

@@ -219,6 +219,9 @@ def test_ranges_of_steps_add_up(tmp_path: Path, form: str) -> None:
     assert middle["documents"].sum() > 0
     with pytest.raises(HeadwaterError, match="not cut"):
         cut.by(2)
+    for step in (1, 3):  # steps before 1 were left out, so what the checkpoint had seen is not known
+        with pytest.raises(HeadwaterError, match="from the beginning"):
+            some.by(step)
 
 
 def test_a_real_tokenizer_keeps_to_whole_words(tiny_tokenizer: Any) -> None:
@@ -232,6 +235,20 @@ def test_a_real_tokenizer_keeps_to_whole_words(tiny_tokenizer: Any) -> None:
     assert inside["terms"]["Paris"][0] == 4
 
 
+def test_marks_that_are_several_bytes_end_a_word_and_letters_that_are_do_not(tiny_tokenizer: Any) -> None:
+    """Byte-level tokenizers spell a curly quote with letters, and the end of `é` with a sign."""
+    texts = ["“Paris” it is", "Paris—Rome", "Parisé it is", "éParis it is"]
+    ids = [tiny_tokenizer(text)["input_ids"] for text in texts]
+    size = max(map(len, ids))
+    rows = [row + [tiny_tokenizer.eos_token_id] * (size - len(row)) for row in ids]
+    corpus = Rows(rows)
+    per_row = [
+        count(Rows([row]), [("Paris", "Rome")], tokenizer=tiny_tokenizer).tables["terms"]["n"][0] for row in rows
+    ]
+    assert per_row == [1, 1, 0, 0]
+    assert as_counted(count(corpus, [("Paris", "Rome")], tokenizer=tiny_tokenizer))["terms"]["Paris"] == [2, 2]
+
+
 def test_pairs_from_files(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("subject,object,subject_aliases\nUSA,Washington,United States|US\nUSA,Dallas,\n")
     read = read_pairs(tmp_path / "p.csv")
@@ -240,6 +257,10 @@ def test_pairs_from_files(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps({"samples": [{"subject": "a", "object": "b"}]}))
     (tmp_path / "r.jsonl").write_text('{"subject": "a", "object": "b"}\n')
     assert read_pairs(tmp_path / "r.json").terms == read_pairs(tmp_path / "r.jsonl").terms == ("a", "b")
+    # only a new line ends a line, whatever else Unicode calls one; Windows writes a return before it
+    strange = '{"subject": "a\u2028b\x85", "object": "b"}\r\n{"subject": "c", "object": "d"}\r\n'
+    (tmp_path / "s.jsonl").write_bytes(strange.encode())
+    assert read_pairs(tmp_path / "s.jsonl").terms == ("a\u2028b", "b", "c", "d")
     for bad in ("x,y\n1,2\n", "subject,object\n,b\n"):
         (tmp_path / "p.csv").write_text(bad)
         with pytest.raises(HeadwaterError):

@@ -22,7 +22,7 @@ from headwater.data.matching import Ints, Mentions, TextMatcher, TokenMatcher, c
 from headwater.data.pairs import Pairs, read_pairs
 
 SCOPES = ("document", "sentence", "window")
-_FORMAT = 1
+_FORMAT = 2  # of what is kept: 2 sees a word's end beside marks of several bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,9 +72,13 @@ class Counts(Result):
     main: ClassVar[str | None] = "pairs"
 
     def by(self, step: int, table: str = "pairs") -> pl.DataFrame:
-        """What the checkpoint of a step had seen: the sum over the ranges before it. Refuses a step within a range."""
+        """What the checkpoint of a step had seen: the sum over the ranges before it. Refuses a step within a range, and
+        ranges that leave out the first steps."""
         frame = self.tables[table]
         edges = sorted({*frame["first"].to_list(), *frame["last"].to_list()})
+        if edges and edges[0] > 0:
+            got, wanted = f"ranges from step {edges[0]} on", "ranges from 0 on"
+            raise MethodError("what a checkpoint had seen is counted from the beginning", got=got, wanted=wanted)
         if step not in edges:
             raise MethodError("counts were not cut at this step", got=step, wanted=f"one of {edges}")
         names = [name for name in ("term", "subject", "object") if name in frame.columns]

@@ -17,7 +17,6 @@ from headwater.core.errors import MethodError
 
 Ints = NDArray[np.int64]
 _HALVES = re.compile("[\ud800-\udfff]")
-_MARKS = str.maketrans({"Ġ": " ", "▁": " ", "Ċ": "\n"})  # how tokenizers write a space and a new line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +97,8 @@ class TextMatcher:
 class TokenMatcher:
     """Finds token sequences in token ids [n, T], never across sequences, nor across the token `separator`.
 
-    begins, ends: [V] bool, whether a token's text begins (ends) inside a word; a match must not continue a word. None:
-    every token is a word of its own.
+    edges: where words go on from token to token; a match must not continue a word. None: every token is a word of its
+    own.
     """
 
     def __init__(
@@ -107,12 +106,11 @@ class TokenMatcher:
         forms: Sequence[Sequence[tuple[int, ...]]],
         *,
         separator: int | None = None,
-        edges: tuple[NDArray[np.bool_], NDArray[np.bool_]] | None = None,
+        edges: "WordEdges | None" = None,
     ) -> None:
         patterns, self._terms_of = _patterns(forms)
         self._separator = separator
-        # an entry more, so that -1 (between sequences) is no word
-        self._edges = None if edges is None else [np.append(one, False) for one in edges]
+        self._edges = edges
         self._base = 1 + max((token for pattern in patterns for token in pattern), default=0)
         nodes: dict[tuple[int, int], int] = {}
         ending: dict[int, int] = {}
@@ -161,12 +159,9 @@ class TokenMatcher:
         none = np.empty(0, dtype=np.int64)
         which, start, end = (np.concatenate(part) for part in zip(*hits, strict=True)) if hits else (none, none, none)
         if self._edges is not None and len(which):
-            begins, ends = self._edges
-            last = len(begins) - 1
+            last = len(self._edges.begins) - 1
             tokens = np.where((flat >= 0) & (flat < last), flat, last)
-            before = np.where(start > 0, ends[tokens[start - 1]], False) & begins[tokens[start]]
-            after = ends[tokens[end - 1]] & begins[tokens[end]]
-            keep = ~before & ~after
+            keep = ~self._edges.joined(tokens, start) & ~self._edges.joined(tokens, end)
             which, start, end = which[keep], start[keep], end[keep]
         term, start, end = _mentions(*self._terms_of(which, start, end))
         cut = flat == -1 if self._separator is None else (flat == -1) | (flat == self._separator)
@@ -194,21 +189,65 @@ def encoder(tokenizer: Any) -> Callable[[str], list[tuple[int, ...]]]:
     return encode
 
 
-def word_edges(tokenizer: Any) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
-    """([V] begins inside a word, [V] ends inside a word) by the tokens' own text; None where no token marks a space."""
+@dataclass(frozen=True, kw_only=True)
+class WordEdges:
+    """Where words go on from token to token. begins, ends: [V] whether a token's text begins (ends) inside a word.
+    cut: [2, V] whether it begins (ends) within a character, so that the tokens beside it decide. spelled: the bytes of
+    each token. The last entry of all is what lies between sequences."""
+
+    begins: NDArray[np.bool_]
+    ends: NDArray[np.bool_]
+    cut: NDArray[np.bool_]
+    spelled: list[bytes]
+
+    def joined(self, tokens: Ints, places: Ints) -> NDArray[np.bool_]:
+        """[n] whether a word goes on from the token before a place to the token at it."""
+        before, after = tokens[places - 1], tokens[places]
+        left, right = self.ends[before], self.begins[after]
+        for n in np.flatnonzero(self.cut[1][before]).tolist():
+            left[n] = _is_word(self._text(tokens[max(0, places[n] - _LONGEST) : places[n]])[-1:])
+        for n in np.flatnonzero(self.cut[0][after]).tolist():
+            right[n] = _is_word(self._text(tokens[places[n] : places[n] + _LONGEST])[:1])
+        return left & right & (places > 0)
+
+    def _text(self, tokens: Ints) -> str:
+        return b"".join(self.spelled[token] for token in tokens.tolist()).decode(errors="replace")
+
+
+_LONGEST = 4  # bytes of a character
+_BETWEEN = b"\n"  # no part of a word
+
+
+def word_edges(tokenizer: Any) -> WordEdges | None:
+    """Edges of words by the tokens' own text; None where no token marks a space: then each is a word of its own."""
     vocabulary = tokenizer.get_vocab()
     if not any(token[:1] in ("Ġ", "▁", " ") and len(token) > 1 for token in vocabulary):
         return None
-    size = max(vocabulary.values()) + 1
-    begins, ends = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool)
+    size = max(vocabulary.values()) + 2
+    begins, ends, cut = np.zeros(size, dtype=bool), np.zeros(size, dtype=bool), np.zeros((2, size), dtype=bool)
+    spelled = [_BETWEEN] * size
     special = set(tokenizer.all_special_tokens)
+    bytes_of = _byte_letters() if any(token[:1] == "Ġ" for token in vocabulary) else {}
     for token, number in vocabulary.items():
-        if token in special:
+        if token in special or not token:
             continue
-        text = token.translate(_MARKS)
-        if text:
-            begins[number], ends[number] = _is_word(text[0]), _is_word(text[-1])
-    return begins, ends
+        if bytes_of and all(letter in bytes_of for letter in token):
+            spelled[number] = bytes(bytes_of[letter] for letter in token)
+        else:
+            spelled[number] = token.replace("▁", " ").encode()
+        text = spelled[number].decode(errors="replace")
+        begins[number], ends[number] = _is_word(text[0]), _is_word(text[-1])
+        cut[:, number] = text[0] == "\ufffd", text[-1] == "\ufffd"
+    return WordEdges(begins=begins, ends=ends, cut=cut, spelled=spelled)
+
+
+@functools.cache
+def _byte_letters() -> dict[str, int]:
+    """The letter that stands for each byte in byte-level vocabularies (Radford et al., 2019): printable ones are their
+    own, the others follow from 256 on."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def _patterns(
@@ -250,7 +289,7 @@ def _mentions(term: Ints, start: Ints, end: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def _is_word(letter: str) -> bool:
-    return letter.isalnum() or letter == "_"
+    return letter.isalnum() or letter == "_"  # of nothing: no
 
 
 @functools.cache

@@ -90,7 +90,8 @@ def _rows(path: Path) -> list[Mapping[str, Any]]:
                 raise StoreError(f"{path} holds no samples")
             return [_row(one) for one in cast(list[Any], samples)]
         if path.suffix == ".jsonl":
-            return [_row(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # by bytes: `str.splitlines` cuts at signs that may stand within a text (U+2028, U+0085)
+            return [_row(json.loads(line)) for line in path.read_bytes().splitlines() if line.strip()]
         if path.suffix in (".csv", ".parquet"):
             frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
             return list[Mapping[str, Any]](frame.to_dicts())

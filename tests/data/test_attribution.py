@@ -108,15 +108,38 @@ def test_methods_are_what_their_formulas_say(kind: str, batch: tuple[Tensor, Ten
     cosines = 0.5 * unit(gq[first]) @ unit(gz[first]).T + 0.1 * unit(gq[last]) @ unit(gz[last]).T
     close(scored("tracin", [first, last], asked, batch, rates=[0.5, 0.1], normalize=True), cosines)
     # trak without a projection, by the formula and a plain inverse
-    total = torch.zeros(2, 5, dtype=torch.float64)
+    total, doubts = torch.zeros(2, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)
     for hf in (first, last):
         f = by_hand(hf, ids, at, margin=True)
         q = torch.cat([by_hand(hf, x[None], m[None], margin=True) for x, m in asked])
         kernel = f.T @ f + 0.2 * (f.T @ f).diagonal().mean() * torch.eye(f.shape[1], dtype=torch.float64)
         chance = hf(input_ids=ids[:, :-1]).logits.softmax(-1).gather(-1, ids[:, 1:, None])[..., 0].detach()
-        doubt = 1 - (chance * at[:, 1:]).sum(1) / at[:, 1:].sum(1)
-        total += q @ torch.linalg.inv(kernel) @ f.T * doubt / 2
-    close(scored("trak", [first, last], asked, batch, damping=0.2), total)
+        total += q @ torch.linalg.inv(kernel) @ f.T / 2
+        doubts += (1 - (chance * at[:, 1:]).sum(1) / at[:, 1:].sum(1)) / 2
+    close(scored("trak", [first, last], asked, batch, damping=0.2), total * doubts)  # each averaged on its own
+
+
+@pytest.mark.parametrize("method", ["cosine", "tracin", "trak", "ekfac"])
+def test_a_sequence_of_which_nothing_is_predicted_has_no_score(method: str, batch: tuple[Tensor, Tensor]) -> None:
+    """It moves no weight; and it must not make numbers of the others."""
+    ids, at = batch
+    asked = [(torch.tensor([1, 2, 3]), torch.tensor([0.0, 0, 1]).double())]
+    empty = at.clone()
+    empty[1] = 0
+    scores = scored(method, [tiny("llama")], asked, (ids, empty), damping=0.3)
+    assert scores.isfinite().all() and scores[0, 1] == 0 and (scores[0, [0, 2, 3, 4]] != 0).all()
+
+
+@pytest.mark.parametrize("method", ["trak", "ekfac"])
+def test_half_precision_is_solved_in_single(method: str, batch: tuple[Tensor, Tensor]) -> None:
+    ids, at = batch
+    asked = [(torch.tensor([1, 2, 3]), torch.tensor([0.0, 0, 1]))]
+    hf = tiny("llama").float()
+    whole = scored(method, [hf], asked, (ids, at.float()), damping=0.3)
+    half = scored(method, [hf.bfloat16()], asked, (ids, at.float()), damping=0.3)
+    assert half.dtype == torch.float32 and half.isfinite().all()
+    if method == "trak":  # ekfac draws labels, which rounding changes
+        assert torch.corrcoef(torch.stack([whole[0], half[0]]))[0, 1] > 0.9
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])
@@ -139,6 +162,29 @@ def test_ekfac_is_the_inverse_that_it_says_it_is(kind: str, batch: tuple[Tensor,
         known = dict(hf.named_parameters())
         return dict(zip(known, torch.autograd.grad(loss, list(known.values())), strict=True))
 
+    # the labels that the model draws, and from them the factors and the curvature by their definitions
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        chances = hf(input_ids=ids[:, :-1]).logits.softmax(-1)
+    drawn = torch.multinomial(chances.flatten(0, 1), 1, generator=draw).view(5, -1)
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    hooks = [
+        hf.get_submodule(layer.name).register_forward_hook(
+            lambda _, x, y, name=layer.name: (inputs.update({name: x[0]}), outputs.update({name: y}))[0]
+        )
+        for layer in curvature.layers
+    ]
+    logits = hf(input_ids=ids[:, :-1]).logits
+    for hook in hooks:
+        hook.remove()
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), drawn.flatten(), reduction="none").view(5, -1)
+    losses = (each * at[:, 1:]).sum(1) / at[:, 1:].sum(1)
+    slopes = torch.autograd.grad(losses.sum(), list(outputs.values()), retain_graph=True)
+    slope = dict(zip(outputs, slopes, strict=True))
+    on_drawn = [torch.autograd.grad(one, list(hf.parameters()), retain_graph=True) for one in losses]
+    of_sequences = [dict(zip(dict(hf.named_parameters()), one, strict=True)) for one in on_drawn]
+
     total = torch.zeros(1, 5, dtype=torch.float64)
     for layer in curvature.layers:
 
@@ -149,6 +195,14 @@ def test_ekfac_is_the_inverse_that_it_says_it_is(kind: str, batch: tuple[Tensor,
 
         for basis in (layer.inside, layer.outside):
             torch.testing.assert_close(basis.T @ basis, torch.eye(len(basis), dtype=torch.float64), atol=1e-9, rtol=0)
+        x, y = inputs[layer.name].flatten(0, 1).detach(), slope[layer.name].flatten(0, 1)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if layer.bias else x
+        for basis, factor in ((layer.inside, x.T @ x), (layer.outside, y.T @ y)):
+            turned = basis.T @ factor @ basis
+            off = turned - turned.diagonal().diag()
+            assert off.abs().max() < 1e-9 * turned.abs().max()
+        squares = [(layer.outside.T @ matrix(one) @ layer.inside).square() for one in of_sequences]
+        torch.testing.assert_close(layer.curvature, torch.stack(squares).mean(0), rtol=1e-7, atol=1e-14)
         both = torch.kron(layer.outside, layer.inside)
         damped = layer.curvature + 0.3 * layer.curvature.mean()
         dense = both @ torch.diag(damped.flatten()) @ both.T
@@ -159,8 +213,6 @@ def test_ekfac_is_the_inverse_that_it_says_it_is(kind: str, batch: tuple[Tensor,
     again = scorers.get("ekfac")(iter([hf]), asked, lambda: iter([(ids, at)]), Setting(rates=[1.0], damping=0.3))
     torch.testing.assert_close(again, total, rtol=1e-6, atol=1e-10)
     assert scores.shape == total.shape
-    # the curvature is the mean squared gradient on drawn labels: never negative, and its sum is the mean squared norm
-    assert all((layer.curvature >= 0).all() for layer in curvature.layers)
 
 
 def small_planted() -> Any:
@@ -250,12 +302,27 @@ def test_of_a_run_its_own_data_is_the_corpus(run: TrainingRun) -> None:
     np.testing.assert_allclose(found.tensors["scores"], whole.tensors["scores"][:, which], rtol=1e-4, atol=1e-7)
 
 
+def beginning(tokenizer: Any) -> Any:
+    """The tokenizer, and the token 0 before every text."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    made = copy.deepcopy(tokenizer)
+    mark = made.convert_ids_to_tokens(0)
+    made.backend_tokenizer.post_processor = TemplateProcessing(f"{mark} $A", special_tokens=[(mark, 0)])
+    return made
+
+
 def test_texts_and_behaviors_are_asked_for(tiny_model: Any) -> None:
     from headwater.data.attribution.queries import read_queries
 
     (one,) = read_queries(tiny_model, [("The capital of France is", " Paris")])
     answer = tiny_model.tokens(" Paris")[0]
     assert one.ids[-len(answer) :].tolist() == answer.tolist() and int(one.at.sum()) == len(answer)
+    marked = Model(tiny_model.hf, tokenizer=beginning(tiny_model.tokenizer))  # as Llama's: a text begins with a mark
+    (other,) = read_queries(marked, [("The capital of France is", " Paris")])
+    assert other.ids.tolist() == [0, *one.ids.tolist()] and int(other.at.sum()) == len(answer)
     import headwater as hw
 
     behavior = hw.behavior("greater_than", n=6, seed=0)

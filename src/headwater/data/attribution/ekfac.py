@@ -42,9 +42,10 @@ class Ekfac:
                 continue
             bias = module.bias is not None and f"{name}.bias" in known
             out, into = module.weight.shape[::-1] if turned else module.weight.shape
-            zeros = module.weight.detach().new_zeros
+            exact = torch.promote_types(module.weight.dtype, torch.float32)  # eigenvectors are of no half precision
             sizes = [(into + bias,) * 2, (out,) * 2, (out, into + bias)]
-            self.layers.append(_Layer(name, turned, bias, *(zeros(size) for size in sizes)))
+            zeros = [module.weight.detach().new_zeros(size, dtype=exact) for size in sizes]
+            self.layers.append(_Layer(name, turned, bias, *zeros))
             names += [f"{name}.weight", f"{name}.bias"] if bias else [f"{name}.weight"]
         if not self.layers:
             raise MethodError("EK-FAC found no linear layer", got=type(hf).__name__, fix="Use another method")
@@ -53,14 +54,15 @@ class Ekfac:
     def fit(self, batches: Callable[[], Iterator[tuple[Tensor, Tensor]]], *, seed: int) -> None:
         """Two passes over the sequences: the factors, then the curvature along their eigenvectors."""
         draw = torch.Generator().manual_seed(seed)
-        drawn = [(self._drawn(ids, at, draw), at) for ids, at in batches()]
-        for ids, targets, at in ((ids, targets, at) for (ids, targets), at in drawn):
-            self._add_factors(ids, targets, at)
+        with self._gradients.still():
+            drawn = [(ids, self._drawn(ids, draw), at) for ids, at in batches()]
+            for ids, targets, at in drawn:
+                self._add_factors(ids, targets, at)
         for layer in self.layers:
             layer.inside = torch.linalg.eigh(layer.inside)[1]
             layer.outside = torch.linalg.eigh(layer.outside)[1]
         n = 0
-        for (ids, targets), at in drawn:
+        for ids, targets, at in drawn:
             for layer, part in zip(self.layers, self._turned(ids, at, targets), strict=True):
                 layer.curvature += part.square().sum(dim=0)
             n += len(ids)
@@ -76,12 +78,12 @@ class Ekfac:
         every = [(one.curvature + damping * one.curvature.mean()).flatten() for one in self.layers]
         return rows / torch.cat(every)
 
-    def _drawn(self, ids: Tensor, at: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The sequences, and for each token the next one as the model draws it."""
+    def _drawn(self, ids: Tensor, draw: torch.Generator) -> Tensor:
+        """[n, T - 1]: for each token the next one as the model draws it."""
         with torch.no_grad():
             chances = self.hf(input_ids=ids[:, :-1], use_cache=False).logits.softmax(-1).cpu()
         targets = torch.multinomial(chances.flatten(0, 1), 1, generator=draw).view(ids.shape[0], -1)
-        return ids, targets.to(ids.device)
+        return targets.to(ids.device)
 
     def _add_factors(self, ids: Tensor, targets: Tensor, at: Tensor) -> None:
         """Add x x' and the outer products of the gradients at y, over all places (tokens that follow included)."""
@@ -104,7 +106,7 @@ class Ekfac:
                 logits = self.hf(input_ids=ids[:, :-1], use_cache=False).logits
                 mask = at[:, 1:].to(logits.dtype)
                 each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-                loss = (each.view(mask.shape) * mask / mask.sum(dim=1, keepdim=True)).sum()
+                loss = (each.view(mask.shape) * mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).sum()
                 slopes = torch.autograd.grad(loss, [made[layer.name] for layer in self.layers])
         finally:
             for handle in handles:
@@ -112,9 +114,8 @@ class Ekfac:
             for weight in trained:
                 weight.requires_grad_(False)
         for layer, slope in zip(self.layers, slopes, strict=True):
-            x = seen[layer.name].flatten(0, -2)
+            x, y = (part.flatten(0, -2).to(layer.inside.dtype) for part in (seen[layer.name], slope))
             x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1) if layer.bias else x
-            y = slope.flatten(0, -2)
             layer.inside += x.T @ x
             layer.outside += y.T @ y
 

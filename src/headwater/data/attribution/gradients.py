@@ -17,7 +17,8 @@ class SequenceGradients:
     """Gradients of the sequences' losses with respect to some weights of a model, one row a sequence.
 
     weights: patterns of parameter names (`model.layers.*`); empty means all. A loss is the mean cross entropy, in nats,
-    over the predicted tokens; "margin" is minus the mean of log(p / (1 - p)) over them (Park et al., 2023).
+    over the predicted tokens (0 where there is none); "margin" is minus the mean of log(p / (1 - p)) over them (Park et
+    al., 2023). Gradients are float32 at least.
     vectorized: all sequences of a batch in one pass (torch.func.vmap); else one after the other, for models that vmap
     cannot run.
     """
@@ -46,17 +47,20 @@ class SequenceGradients:
         def one(weights: dict[str, Tensor], row: Tensor, mask: Tensor, wanted: Tensor) -> Tensor:
             return measure(self._logits(weights, row[None, :-1])[0], wanted, mask[1:])
 
-        with _plain_attention(), self._still():
+        with _plain_attention(), self.still():
             if self._vectorized:
                 try:
-                    return torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0, 0))(self.weights, ids, at, wanted)
+                    every = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0, 0, 0))(
+                        self.weights, ids, at, wanted
+                    )
+                    return {name: _single(grads) for name, grads in every.items()}
                 except RuntimeError as error:
                     raise MethodError(
                         "the gradients of this model's sequences cannot be had all at once",
                         got=str(error).splitlines()[0], fix="Set vectorized=False (slower)",
                     ) from error  # fmt: skip
             each = [torch.func.grad(one)(self.weights, *row) for row in zip(ids, at, wanted, strict=True)]
-        return {name: torch.stack([grads[name] for grads in each]) for name in self.names}
+        return {name: _single(torch.stack([grads[name] for grads in each])) for name in self.names}
 
     def losses(self, ids: Tensor, at: Tensor) -> Tensor:
         """[n] mean cross entropy over the predicted tokens of each sequence."""
@@ -67,7 +71,7 @@ class SequenceGradients:
         return self._each(_chance, ids, at)
 
     def _each(self, measure: Callable[[Tensor, Tensor, Tensor], Tensor], ids: Tensor, at: Tensor) -> Tensor:
-        with torch.no_grad(), self._still():
+        with torch.no_grad(), self.still():
             logits = self.hf(input_ids=ids[:, :-1], use_cache=False).logits
             return torch.stack([measure(*row) for row in zip(logits, ids[:, 1:], at[:, 1:], strict=True)])
 
@@ -76,7 +80,7 @@ class SequenceGradients:
         return torch.func.functional_call(self.hf, every, (), {"input_ids": ids, "use_cache": False}).logits
 
     @contextlib.contextmanager
-    def _still(self) -> Generator[None]:
+    def still(self) -> Generator[None]:
         """Without dropout, and left as it was."""
         training = self.hf.training
         self.hf.eval()
@@ -95,8 +99,14 @@ def _plain_attention() -> Generator[None]:
         yield
 
 
+def _single(values: Tensor) -> Tensor:
+    """Of single precision at least: what is summed, solved and sorted needs it."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def _mean(values: Tensor, at: Tensor) -> Tensor:
-    return (values * at).sum() / at.sum()
+    """0 where nothing is predicted."""
+    return (values * at).sum() / at.sum().clamp(min=1)
 
 
 def _loss(logits: Tensor, targets: Tensor, at: Tensor) -> Tensor:

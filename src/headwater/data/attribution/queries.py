@@ -26,7 +26,8 @@ class Query:
 
 
 def read_queries(model: Any, asked: Any, pairs: Sequence[Sequence[str]] | None = None) -> list[Query]:
-    """Queries from a Behavior (each pair's prompt with its first answer), (prompt, answer) texts, or token ids [n, T].
+    """Queries from a Behavior (each pair's prompt with its first answer), (prompt, answer) texts, which follow each
+    other as they are (most answers begin with a space), or token ids [n, T].
 
     The loss of a query is that of the answer's tokens (a Behavior's first one; of token ids the last one). pairs: the
     subject and object of each, which the sequences are searched for.
@@ -51,8 +52,12 @@ def read_queries(model: Any, asked: Any, pairs: Sequence[Sequence[str]] | None =
         for one in asked:
             if isinstance(one, str) or len(one) != 2:
                 raise MethodError("a query is (prompt, answer)", got=repr(one))
-            prompt, answer = (model.tokens(text)[0] for text in one)
-            found.append(_query(f"{one[0]} {one[1]}", torch.cat([prompt, answer]), len(answer)))
+            prompt = model.tokens(one[0])[0]
+            # what a tokenizer puts before every text does not stand between prompt and answer
+            answer = torch.tensor(model.tokenizer(one[1], add_special_tokens=False)["input_ids"], dtype=torch.long)
+            if not len(answer):
+                raise MethodError("an answer has no tokens", got=repr(one))
+            found.append(_query(f"{one[0]}{one[1]}", torch.cat([prompt.cpu(), answer]), len(answer)))
     if not found:
         raise MethodError("nothing is asked for", wanted="at least one query")
     if pairs is None:

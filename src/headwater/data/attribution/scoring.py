@@ -67,13 +67,13 @@ def tracin(models: Iterator[Any], queries: Queries, batches: Batches, setting: S
 
 @scorers.register("trak")
 def trak(models: Iterator[Any], queries: Queries, batches: Batches, setting: Setting) -> Tensor:
-    """TRAK (Park et al., 2023): f(q) (F'F + damping)^-1 f(z) x (1 - p(z)), the mean over checkpoints.
+    """TRAK (Park et al., 2023): f(q) (F'F + damping)^-1 f(z), the mean over checkpoints, x the mean of 1 - p(z).
 
     f: the projected gradient of the margin log(p / (1 - p)), F all of the training sequences' rows, p(z) the mean
     probability of a sequence's tokens. Known failure: the authors average over models trained anew on parts of the
     data; checkpoints of one run are alike, and their mean is worth less.
     """
-    total, n = torch.zeros(()), 0
+    total, doubts, n = torch.zeros(()), torch.zeros(()), 0
     for number, hf in enumerate(models):
         gradients = SequenceGradients(hf, setting.weights, vectorized=setting.vectorized)
         sketch = Sketch(gradients.n_weights, setting.projection, seed=setting.seed + number, device=hf.device)
@@ -85,9 +85,10 @@ def trak(models: Iterator[Any], queries: Queries, batches: Batches, setting: Set
         rows = torch.cat(made)
         kernel = rows.T @ rows
         kernel.diagonal().add_(setting.damping * kernel.diagonal().mean())
-        total = total + asked @ torch.linalg.solve(kernel, rows.T) * torch.cat(doubt)
+        total = total + (asked @ torch.linalg.solve(kernel, rows.T)).cpu()
+        doubts = doubts + torch.cat(doubt).cpu()
         n += 1
-    return (total / max(n, 1)).cpu()
+    return total / max(n, 1) * doubts / max(n, 1)  # each is averaged on its own, as the authors do
 
 
 @scorers.register("ekfac")

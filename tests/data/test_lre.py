@@ -154,6 +154,13 @@ def test_relations_of_the_authors_are_read(shared_data: Path) -> None:
     assert text[start:end] == "Canada"
 
 
+def test_other_braces_of_a_template_are_text() -> None:
+    """Files come from anywhere: a template fills in the subject and nothing else."""
+    told = Relation(name="r", templates=("{x} {0.__class__} {} {y",), samples=(("a", "b"), ("c", "d")))
+    text, start, end = told.prompt("c", [("a", "b")], told.templates[0])
+    assert text == "{x} {0.__class__} a {y b\n{x} {0.__class__} c {y" and text[start:end] == "c"
+
+
 def test_broken_relations_are_refused(tmp_path: Path) -> None:
     good = {"name": "r", "prompt_templates": ["{} is"], "samples": [{"subject": "a", "object": "b"}] * 2}
     for change in ({"samples": [{"subject": "a"}]}, {"prompt_templates": ["no place"]}, {"samples": 3}, {}):

@@ -50,6 +50,6 @@ class Relation:
 
         The example of the same subject is left out.
         """
-        lines = [f"{template.format(s)} {o}" for s, o in examples if s != subject]
-        before = "".join(f"{line}\n" for line in lines) + template.partition("{}")[0]
-        return before + subject + template.partition("{}")[2], len(before), len(before) + len(subject)
+        first, _, then = template.partition("{}")  # no `format`: other braces of a template are text
+        before = "".join(f"{first}{s}{then} {o}\n" for s, o in examples if s != subject) + first
+        return before + subject + then, len(before), len(before) + len(subject)

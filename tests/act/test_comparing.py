@@ -1,5 +1,6 @@
 """Comparisons: each cell is what its measure says by itself, tables follow from cells, the verdict from tables."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import pytest
 from scipy import stats
 
 import headwater as hw
+from headwater.act.action import Goal
 from headwater.act.catalog import act
 from headwater.act.comparing import comparison, facts
 from headwater.act.comparing.baselines import ALWAYS, BASELINES, NOTHING, RANDOM, random_targets
 from headwater.act.comparing.comparison import ActComparison, compare, over_seeds, read
-from headwater.act.comparing.measures import harmonic
-from headwater.act.comparing.task import Task, tasks
+from headwater.act.comparing.measures import Bench, harmonic
+from headwater.act.comparing.task import Task, of_behavior, tasks
 from headwater.act.comparing.verdict import verdict
 from headwater.act.measuring import NOTHING as MEASURED
 from headwater.act.measuring import plain_texts, score, text_loss
@@ -124,6 +126,65 @@ def test_killed_it_goes_on_with_the_next_cell(
     with pytest.raises(KeyboardInterrupt):  # other settings are other cells
         compare(tiny_model, capitals, ["ascent:lr=1e-3"], seeds=1, out=tmp_path, **other)
     assert ran == list(ALWAYS[:3])
+
+
+def test_a_cell_is_that_of_its_code_and_its_task(
+    tiny_model: Any, capitals: Behavior, knowing: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[str] = []
+
+    def cell(self: Any, name: str, what: Any) -> dict[str, Any]:
+        ran.append(name)
+        return {"goal": str(self.task.goal), "facts": {}, "values": {"score": 0.5}, "notes": {}, "curve": []}
+
+    monkeypatch.setattr(comparison._Seed, "cell", cell)
+
+    def run(task: Any = capitals, *actions: Any, **more: Any) -> list[str]:
+        ran.clear()
+        compare(tiny_model, task, list(actions), seeds=1, out=tmp_path, **{**SMALL, **more})
+        return list(ran)
+
+    assert run() == list(ALWAYS) and run() == []
+    with monkeypatch.context() as changed:
+        changed.setattr(comparison, "code_of", lambda *packages: "other code")
+        assert run() == list(ALWAYS)
+    assert run() == []
+    # a task is all that it holds: its goal, what is kept, what is known, what a prompt may say
+    task: Task = tasks.get("fact_edit")(tiny_model, seed=0, n=3)
+    assert run(task) == list(ALWAYS) and run(task) == []
+    other_parts = {"goal": Goal(direction="lower"), "keep": None, "known": task.keep, "old": None}
+    for name, value in {**other_parts, "instructions": ("Say it.",)}.items():
+        assert run(dataclasses.replace(task, **{name: value})) == list(ALWAYS), name
+    assert run(capitals, options={"goal": "lower"}) == list(ALWAYS)
+    other = Behavior(capitals.frame, name="capitals", metric="prob_diff")
+    assert other.hash == capitals.hash and run(other) == list(ALWAYS)
+    # a function is its code, not its name
+    made = {text: eval(f"lambda model, task, seed: {text}") for text in ("1", "2")}
+    assert run(capitals, made["1"]) == ["<lambda>"] and run(capitals, made["1"]) == []
+    assert run(capitals, made["2"]) == ["<lambda>"]
+
+
+def test_what_was_compared_is_told_without_addresses(tiny_model: Any, capitals: Behavior) -> None:
+    def of_mine(model: Any, task: Task, seed: int) -> Any:
+        raise MethodError("cannot be made")
+
+    actions = {"mine": of_mine, "weak": ("ascent", {"lr": 1e-3}), "named": "dpo:beta=0.2"}
+    found = compare(tiny_model, capitals, actions, seeds=1, lora={"rank": 2}, **{**SMALL, "relearn": ()})
+    assert found.facts["actions"] == {
+        "mine": "a function, of_mine", "weak": "ascent:lr=0.001", "named": "dpo:beta=0.2"
+    }  # fmt: skip
+    assert found.facts["lora"] == {"rank": 2}
+
+
+def test_a_score_is_of_all_that_the_task_has(tiny_model: Any, knowing: None) -> None:
+    task: Task = tasks.get("fact_edit")(tiny_model, seed=0, n=3)
+    bench = Bench(tiny_model, task, [], [], 4, 8, 0)
+    lost = bench.bound["paraphrase"]
+    share = bench._share
+    bench._share = lambda bound, *rest: "no pair is left" if bound is lost else share(bound, *rest)  # type: ignore[method-assign]
+    found = bench.measure(MEASURED, steps=(), attack={}, latent=False)
+    assert found["paraphrase"] == "no pair is left" and isinstance(found["efficacy"], float)
+    assert found["score"] == "not all of it was measured: paraphrase"
 
 
 def test_random_targets_are_not_the_wanted_ones(tiny_model: Any, knowing: None) -> None:
@@ -275,6 +336,14 @@ def test_mistakes_are_told_before_anything_runs(tiny_model: Any, capitals: Behav
         compare(tiny_model, "no_such_task")
     with pytest.raises(MethodError, match="seeds"):
         compare(tiny_model, capitals, seeds=())
+    with pytest.raises(MethodError, match="seeds that differ"):
+        compare(tiny_model, capitals, seeds=(0, 1, 0))
+    for task, options in (("fact_edit", {"nn": 3}), (capitals, {"n": 3}), (of_behavior(capitals), {"goal": "lower"})):
+        with pytest.raises(MethodError, match="no such option"):
+            compare(tiny_model, task, options=options)
+    alike = Behavior.from_rows([{**row, "answers": [" Paris"], "foils": []} for row in capitals.frame.to_dicts()])
+    with pytest.raises(MethodError, match="no other answer"):
+        random_targets(of_behavior(alike), 0)
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,7 @@ from headwater.act.catalog import act
 from headwater.act.comparing.task import Task
 from headwater.act.prompting import prompt
 from headwater.behavior.table import Behavior
+from headwater.core.errors import MethodError
 
 if TYPE_CHECKING:
     from headwater.core.model import Model
@@ -53,6 +54,8 @@ def random_targets(task: Task, seed: int) -> Behavior:
         wanted = row[side]
         # Where there are more than two texts, the unwanted ones of the pair itself are no random target either.
         free = [text for text in pool if text not in (*wanted, *row[other])] or [x for x in pool if x not in wanted]
+        if not free:
+            raise MethodError("there is no other answer to draw as a random target", got=pool, fix="Give pairs foils")
         chosen = draw.choice(free)
         row[side], row[other] = [chosen], [text for text in (*row[other], *wanted) if text != chosen]
         row["alternatives"] = None

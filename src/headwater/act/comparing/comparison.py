@@ -23,7 +23,7 @@ from headwater.act.comparing.verdict import verdict
 from headwater.act.locating import before_after, kept
 from headwater.act.measuring import texts_of
 from headwater.behavior.table import Behavior
-from headwater.core.cells import Cells
+from headwater.core.cells import Cells, code_of, code_of_function
 from headwater.core.errors import HeadwaterError, MethodError
 from headwater.core.files import to_json
 from headwater.core.methods import options_of
@@ -106,8 +106,8 @@ class CompareConfig:
     text_tokens: int = 48
 
     def __post_init__(self) -> None:
-        if not self.each_seed:
-            raise MethodError("a comparison needs seeds", got=self.seeds)
+        if not self.each_seed or len(set(self.each_seed)) < len(self.each_seed):
+            raise MethodError("a comparison needs seeds that differ", got=self.seeds, wanted="at least one")
 
     @property
     def each_seed(self) -> tuple[int, ...]:
@@ -134,8 +134,9 @@ def compare(
     ("finetune:weights=lookup,lr=1e-3"); (name, options); or functions of (model, task, seed) that give an Action; under
     names of your own where they are a mapping. options: of the task. lora: options of LoRA, as baseline and control.
     others, text: other behaviors that should stay, and what perplexity is measured on, as for `effect`.
-    out: a folder in which each cell is kept as it comes: killed, the same call goes on. Settings are those of
-    `CompareConfig`.
+    out: a folder in which each cell is kept as it comes: killed, the same call goes on. A cell is known by the model,
+    the task, the options and the code that fills it, so what was changed is run again; a function of yours is known by
+    its own instructions, not by what it calls. Settings are those of `CompareConfig`.
 
     Always beside them: nothing, the best of a few instructions, the best few-shot prompt, LoRA, and LoRA toward random
     targets; all learn from the same training pairs. An action that cannot be made is a row that says why.
@@ -147,6 +148,7 @@ def compare(
     started = time.perf_counter()
     used = _configured(config, settings)
     wanted = _named(actions)
+    tasks_of.check_options(task, dict(options or {}))
     cells = Cells(None if out is None else Path(out))
     rows: list[dict[str, Any]] = []
     goal, facts = "", {}
@@ -170,7 +172,8 @@ def compare(
         "goal": goal,
         "measures": MEASURES | {"at random": "efficacy of the same kind of action at random", "mechanism": _MECHANISM},
         "options": dict(options or {}),
-        "actions": {name: what if isinstance(what, str) else str(what) for name, what in wanted.items()},
+        "lora": dict(lora or {}),
+        "actions": {name: _told(what) for name, what in wanted.items()},
         "tasks": facts,
     }
     summed["verdict"] = verdict(tables["summary"], tables["versus"], told, len(used.each_seed))
@@ -298,15 +301,52 @@ def _key(
     model: "Model", task: Any, options: Any, used: CompareConfig, seed: int, name: str, own: list[Any], held: _Given
 ) -> str:
     """Everything that a cell depends on, so that none is taken for another."""
-    if isinstance(task, Task):
-        told = [task.name, task.behavior.hash, *(one.hash for one in task.measured().values())]
-    else:
-        told = task.hash if isinstance(task, Behavior) else task if isinstance(task, str) else task.__qualname__
-    made = [one.__qualname__ if callable(one) else one for one in own]
-    others = held.others and [one.hash if isinstance(one, Behavior) else one for one in held.others]
     settings = {name: value for name, value in asdict(used).items() if name != "seeds"}
-    text = to_json([model.fingerprint, told, dict(options or {}), settings, made, others, held.texts], indent=None)
-    return f"{seed}/{name}/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    made = [_known(one) for one in own]
+    for one in own:
+        if isinstance(one, str | tuple) and one:
+            made.append(_outside(methods.get(read(one)[0] if isinstance(one, str) else one[0])))
+    about = [
+        code_of(*_CODE), model.fingerprint, _known(task), dict(options or {}), settings, made, _known(held.others),
+        held.texts,
+    ]  # fmt: skip
+    if isinstance(task, str):
+        about.append(_outside(tasks_of.tasks.get(task)))
+    return f"{seed}/{name}/{hashlib.sha256(to_json(about, indent=None).encode()).hexdigest()[:16]}"
+
+
+# What runs in a cell, besides torch and transformers.
+_CODE = ("headwater.core", "headwater.behavior", "headwater.act")
+
+
+def _known(what: Any) -> Any:
+    """What tells a thing from others of its sort, as plain data: of pairs their content, of a function its code."""
+    if isinstance(what, Behavior):
+        return [what.name, what.metric, what.hash]
+    if isinstance(what, Task):
+        return {field.name: _known(getattr(what, field.name)) for field in dataclasses.fields(what)}
+    if callable(what):
+        return [getattr(what, "__qualname__", type(what).__qualname__), code_of_function(what)]
+    return [_known(one) for one in what] if isinstance(what, list | tuple) else what
+
+
+def _outside(function: Any) -> str:
+    """The code of a method or task that another package registered; that of this one is known as a whole."""
+    if str(getattr(function, "__module__", "")).startswith("headwater."):
+        return ""
+    try:
+        file = inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):  # written at a prompt
+        file = ""
+    return hashlib.sha256(file.encode()).hexdigest()[:16] + code_of_function(function)
+
+
+def _told(what: Any) -> str:
+    """An action as a user would write it."""
+    if isinstance(what, tuple):
+        given = ",".join(f"{name}={value}" for name, value in dict(what[1]).items())
+        return f"{what[0]}:{given}" if given else str(what[0])
+    return what if isinstance(what, str) else f"a function, {getattr(what, '__name__', type(what).__name__)}"
 
 
 def _tables(rows: list[dict[str, Any]]) -> dict[str, pl.DataFrame]:

@@ -74,11 +74,11 @@ def fact_unlearn(
 
 
 def _task(name: str, drawn: "_Drawn", goal: Goal, changed: Any, same: Any, **more: Any) -> Task:
-    behavior = named(name, [changed(TEMPLATES[0], c, split) for split in ("train", "test") for c in drawn.target])
+    rows = [changed(TEMPLATES[0], c, split) for split in ("train", "test") for c in drawn.target]
+    behavior = Behavior.from_rows(rows, name=name)
     format = next((one for one in FORMATS if not lacks_words(drawn.model, one.format(country="", shown=""))), None)
     shown = drawn.shown()
     asked = [] if format is None else [format.replace("{shown}", shown)]
-    assert behavior is not None  # the target is never empty
     return Task(
         name=name,
         behavior=behavior,

@@ -16,6 +16,7 @@ from headwater.core.errors import HeadwaterError
 
 if TYPE_CHECKING:
     from headwater.behavior.bind import Bound
+    from headwater.behavior.table import Behavior
     from headwater.core.model import Model
 
 EFFICACY, PARAPHRASE, FORMAT, NEIGHBOUR = "efficacy", "paraphrase", "format", "neighbours"
@@ -90,10 +91,14 @@ class Bench:
                 known = [one for one in shares if not isinstance(one, str)]
                 found["others"] = float(np.mean(known)) if known else shares[0]
             found["perplexity"] = self._perplexity(rest)
-        values = [found[name] for name in SCORED if isinstance(found.get(name), float)]
-        found["score"] = harmonic(values)
+        asked = [ROLE_NAMES[role] for role in self.bound]
+        lacking = [name for name in asked if not isinstance(found[name], float)]
+        # A mean of fewer shares would not compare with one of all.
+        found["score"] = (
+            f"not all of it was measured: {', '.join(lacking)}" if lacking else harmonic([found[one] for one in asked])
+        )
         if steps and self.task.old is not None:
-            found |= self._relearned(action, steps, attack, wanted_low)
+            found |= self._relearned(action, self.task.old, steps, attack, wanted_low)
         if latent and self.task.old is not None and self.task.known is not None and not action.prefix:
             side = "answers" if wanted_low else "foils"
             found["probe"] = most(probe(model, action, self.task.old.train, self.task.known, side=side))
@@ -141,12 +146,13 @@ class Bench:
                 return
             self._loss = float(losses.mean())
 
-    def _relearned(self, action: Action, steps: Sequence[int], attack: dict[str, Any], low: bool) -> dict[str, Any]:
-        assert self.task.old is not None  # asked by the caller
+    def _relearned(
+        self, action: Action, old: "Behavior", steps: Sequence[int], attack: dict[str, Any], low: bool
+    ) -> dict[str, Any]:
         if action.edit is None:
             return {"after relearning": "it changes no weights"}
         try:
-            table = relearn(self.model, action, self.task.old, steps=steps, seed=self.seed, **attack)
+            table = relearn(self.model, action, old, steps=steps, seed=self.seed, **attack)
         except HeadwaterError as error:
             return {"after relearning": _first(error)}
         curve = [

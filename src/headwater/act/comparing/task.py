@@ -1,11 +1,13 @@
 """Task: what is to change in a model, in how many wordings, and what should stay."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from headwater.act.action import Goal
 from headwater.behavior.table import Behavior
+from headwater.core.errors import MethodError, did_you_mean
 from headwater.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -58,6 +60,19 @@ tasks: Registry[Maker] = Registry("task", own=["headwater.act.comparing.facts", 
 def of_behavior(behavior: Behavior, goal: str | Goal = "raise") -> Task:
     """A task of nothing but a behavior: train pairs to learn from, test pairs to be judged by."""
     return Task(name=behavior.name, behavior=behavior, goal=Goal.parse(goal))
+
+
+def check_options(task: "str | Behavior | Task | Maker", options: dict[str, object]) -> None:
+    """Raise MethodError for an option that the task does not have, or a name of none."""
+    if isinstance(task, Task | Behavior):
+        known = ["goal"] if isinstance(task, Behavior) else []
+    else:
+        parameters = inspect.signature(tasks.get(task) if isinstance(task, str) else task).parameters.values()
+        if any(one.kind is one.VAR_KEYWORD for one in parameters):
+            return
+        known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY and one.name != "seed"]
+    if wrong := [name for name in options if name not in known]:
+        raise MethodError("a task has no such option", got=wrong[0], wanted=did_you_mean(wrong[0], known) or "none")
 
 
 def make(model: "Model", task: "str | Behavior | Task | Maker", seed: int, options: dict[str, object]) -> Task:

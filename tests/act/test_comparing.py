@@ -222,6 +222,27 @@ def test_parts_of_a_task_on_facts_share_no_country(tiny_model: Any, knowing: Non
     assert all(row[side][0] == f" {true[json.loads(row['variables'])['country']][0]}" for row in rows)
 
 
+def test_a_neighbour_is_never_asked_to_beat_its_own_capital(tiny_model: Any, knowing: None) -> None:
+    met = 0
+    for seed in range(40):
+        task: Task = tasks.get("fact_edit")(tiny_model, seed=seed, n=3, keep=3, neighbours=9, known=3)
+        new = set(task.facts["edits"].values())  # type: ignore[attr-defined]
+        for part in (task.neighbour, task.keep):
+            assert part is not None
+            for row in part.frame.to_dicts():
+                met += row["answers"][0].strip() in new
+                assert row["foils"] and row["foils"][0] != row["answers"][0]
+    assert met  # some neighbours' own capitals are what others were given
+
+
+def test_capitals_that_a_tokenizer_lacks_are_told(
+    tiny_model: Any, knowing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(facts, "lacks_words", lambda model, text: True)
+    with pytest.raises(MethodError, match="no other capital"):
+        tasks.get("fact_edit")(tiny_model, seed=0, n=3)
+
+
 def test_a_task_on_choices_is_balanced_and_parted(tiny_model: Any) -> None:
     task: Task = tasks.get("position_bias")(tiny_model, seed=0, n=16, measured=8)
     for part in (task.behavior.train, task.behavior.test, task.paraphrase, task.format):

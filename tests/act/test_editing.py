@@ -472,5 +472,13 @@ def test_rewrites_share_no_country_between_facts_and_neighbors() -> None:
     assert rewrites(4, seed=1)["facts"].hash == facts.hash != rewrites(4, seed=2)["facts"].hash
     with pytest.raises(MethodError, match="cannot rewrite so many"):
         rewrites(7)
+    for seed in range(6):  # as few countries as there may be
+        for n, countries in (
+            (1, ("France", "Italy", "Japan")),
+            (2, ("France", "Italy", "Japan", "Peru", "Cuba", "Egypt")),
+        ):
+            for behavior in rewrites(n, seed=seed, countries=countries).values():
+                for answers, foils in behavior.frame.select("answers", "foils").iter_rows():
+                    assert answers != foils
     with pytest.raises(MethodError, match="no such country"):
         rewrites(1, countries=("Atlantis", "France", "Italy"))

@@ -44,7 +44,11 @@ def fact_edit(model: "Model", *, seed: int, n: int = 4, keep: int = 12, neighbou
         return drawn.row(template, country, split, [new[country]], [true[country][0], *wrong[country]])
 
     def same(country: str, number: int, split: str) -> Row:
-        return drawn.row(TEMPLATES[0], country, split, [true[country][0]], [new[drawn.target[number % n]]])
+        own = true[country][0]
+        turn = [new[drawn.target[(number + at) % n]] for at in range(n)]
+        # Its own capital may be what a target is given.
+        foil = next((one for one in turn if one[:3] != own[:3]), "") or drawn.wrong(country)[0]
+        return drawn.row(TEMPLATES[0], country, split, [own], [foil])
 
     said = "".join(f"{TEMPLATES[0].format(country=country)} {capital}.\n" for country, capital in new.items())
     told = (said, f"Imagine a world in which the following is true.\n{said}")
@@ -121,10 +125,12 @@ class _Drawn:
         new: list[str] = []
         for country in countries:
             own = facts()[country][0]
-            one = next(
-                c for c in free if c not in new and c[:3] != own[:3] and c[:3] not in {n[:3] for n in new}
-                and " " not in c and not lacks_words(self.model, f" {c}")
-            )  # fmt: skip
+            taken = {own[:3], *(one[:3] for one in new)}
+            fits = (c for c in free if c[:3] not in taken and " " not in c and not lacks_words(self.model, f" {c}"))
+            one = next(fits, None)
+            if one is None:
+                fix = "Take a tokenizer with words for capitals, or fewer facts"
+                raise MethodError(f"there is no other capital to give to {country}", got=f"{len(new)} given", fix=fix)
             new.append(one)
         return new
 

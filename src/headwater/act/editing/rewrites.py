@@ -47,7 +47,9 @@ def rewrites(n: int = 4, *, seed: int = 0, countries: Sequence[str] = KNOWN) -> 
     rows: dict[str, list[dict[str, Any]]] = {"facts": [], "written": [], "neighbors": []}
     for at, country in enumerate(edited):
         near = others[NEIGHBORS * at : NEIGHBORS * (at + 1)]
-        new = known[others[-1 - at]][0] if others[-1 - at] not in near else known[edited[at - 1]][0]
+        # The last of the others, where it is no neighbor of this fact; else another edited one, or any other at all.
+        given = (others[-1 - at], edited[at - 1], *KNOWN)
+        new = known[next(one for one in given if one not in (country, *near))][0]
         old = known[country][0]
         asked = [one for one in order if one != country]
         rows["facts"].append(_pair(WRITTEN, country, new, old, asked, "train"))

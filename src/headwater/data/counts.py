@@ -5,7 +5,7 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from headwater.core.errors import MethodError, StoreError, did_you_mean
 from headwater.core.files import store_error, to_json, write_whole
+from headwater.core.methods import configured
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, load_result, register_result
 from headwater.data.corpus import Corpus, Cursor, Piece
@@ -111,15 +112,9 @@ def count(
     """
     started = time.monotonic()
     corpus, wanted = Corpus.open(corpus), read_pairs(pairs, terms=terms)
-    if config is not None and options:
-        raise MethodError("give a config or its options, not both", got=sorted(options))
-    known = [field.name for field in fields(CountConfig)]
-    for name in options:
-        if name not in known:
-            raise MethodError("unknown option of count", got=repr(name), wanted=did_you_mean(name, known))
-    config = config or CountConfig(**options)
+    config = configured(CountConfig, config, options)
     matcher, unwritable = _matcher(corpus, wanted, config, tokenizer, encode)
-    settings = {field.name: getattr(config, field.name) for field in fields(config) if field.name != "save_seconds"}
+    settings = {name: value for name, value in asdict(config).items() if name != "save_seconds"}
     store = _Store(Path(out), _hash(corpus, wanted, settings, tokenizer)) if out is not None else None
     if store is not None and (done := store.finished()) is not None:
         return done

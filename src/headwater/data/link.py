@@ -2,7 +2,7 @@
 
     strengths = relation_strengths("runs/world", relations, out="link/strengths")
     counts = counts_for(strengths, "runs/world", relations, out="link/counts")
-    print(frequency_link(strengths, counts).facts)
+    found = frequency_link(strengths, counts)
 
 Merullo et al. (2025) found that linear relations form where subject and object of its facts stood together often
 enough. Points are relations at checkpoints; what is resampled are relations.
@@ -12,7 +12,7 @@ import itertools
 import re
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -190,7 +190,7 @@ def frequency_link(
     `compare_worlds` asks. Together is not said: facts that another relation's lines raise are flagged, not mended.
     """
     started = time.monotonic()
-    config = configured(LinkConfig, config, {name: _tuple(value) for name, value in options.items()})
+    config = configured(LinkConfig, config, options)
     facts = seen(strengths, counts)
     overlaps, shared = _overlaps(facts, config)
     if len(strengths.facts["relations"]) < 3:
@@ -211,7 +211,7 @@ def frequency_link(
         "facts": bins(facts.filter(pl.col("step") == strengths.steps[-1])),
         "fact_correlations": pl.DataFrame(_fact_correlations(facts, config)),
     }
-    result = LinkResult(tables=tables, config={one.name: getattr(config, one.name) for one in fields(config)})
+    result = LinkResult(tables=tables, config=asdict(config))
     r = result.value()
     result.facts = {
         "r": r.value, "lo": r.lo, "hi": r.hi, "relations": strengths.facts["relations"], "steps": strengths.steps,
@@ -418,7 +418,3 @@ def _overlaps(facts: pl.DataFrame, config: LinkConfig) -> tuple[pl.DataFrame, pl
 def _holds(whole: str, part: str) -> bool:
     """Whether a line with the term `whole` mentions `part`: the same words, or some of them."""
     return whole == part or re.search(rf"(?<!\w){re.escape(part)}(?!\w)", whole) is not None
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

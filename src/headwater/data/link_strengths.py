@@ -11,7 +11,7 @@ import io
 import random
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -130,7 +130,7 @@ def relation_strengths(
     that lay elsewhere before is underrated there.
     """
     started = time.monotonic()
-    config = configured(StrengthConfig, config, {name: _tuple(value) for name, value in options.items()})
+    config = configured(StrengthConfig, config, options)
     wanted = list(relations.values()) if isinstance(relations, Mapping) else list(relations)
     if not wanted or len({one.name for one in wanted}) < len(wanted):
         raise MethodError("strengths need relations, each once", got=[one.name for one in wanted])
@@ -161,7 +161,7 @@ def relation_strengths(
     return Strengths(
         tables={"relations": summary(facts), "facts": facts, "choice": choice},
         facts={"steps": models.steps, "relations": [one.name for one in wanted]},
-        config={one.name: getattr(config, one.name) for one in fields(config)},
+        config=asdict(config),
         provenance=Provenance.collect(last, seed=config.seed, seconds=time.monotonic() - started),
     )
 
@@ -327,10 +327,6 @@ def _size(model: "Model", subject: str) -> int:
     return len(ids)
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
 class _Models:
     """The models of a series, by step."""
 
@@ -364,8 +360,8 @@ class _Store:
 
     def __init__(self, folder: Path, relations: list[Relation], config: StrengthConfig, models: _Models) -> None:
         self.folder = folder
-        settings = {one.name: getattr(config, one.name) for one in fields(config)}
-        about = [_FORMAT, [[one.name, one.templates, one.samples] for one in relations], settings, models.identity()]
+        about = [_FORMAT, [[one.name, one.templates, one.samples] for one in relations], asdict(config)]
+        about.append(models.identity())
         key = hashlib.sha256(to_json(about, indent=None).encode()).hexdigest()
         head = folder / "strengths.json"
         if head.exists():

@@ -3,7 +3,7 @@
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,8 +11,9 @@ import polars as pl
 import torch
 
 from headwater.behavior import metrics
-from headwater.core.errors import BehaviorError, MethodError, did_you_mean
+from headwater.core.errors import BehaviorError, MethodError
 from headwater.core.interventions import add, replace
+from headwater.core.methods import configured
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.data.relations import Relation
@@ -113,13 +114,7 @@ def linear_relation(
     """
     started = time.monotonic()
     relation = relation if isinstance(relation, Relation) else Relation.load(relation)
-    if config is not None and options:
-        raise MethodError("give a config or its options, not both", got=sorted(options))
-    known = [one.name for one in fields(LreConfig)]
-    for name in options:
-        if name not in known:
-            raise MethodError("unknown option of linear_relation", got=repr(name), wanted=did_you_mean(name, known))
-    config = config or LreConfig(**{name: _tuple(value) for name, value in options.items()})
+    config = configured(LreConfig, config, options)
     if not 0 <= config.template < len(relation.templates):
         raise MethodError(f"{relation.name!r} has no such template", got=config.template)
     layers = _layers(model, config)
@@ -186,7 +181,7 @@ def linear_relation(
         tables={"sweep": pl.DataFrame(rows), "examples": examples},
         tensors={"weight": maps[layer].weight, "bias": maps[layer].bias},
         facts=facts,
-        config={one: getattr(config, one) for one in known} | {"layers": list(layers), "ranks": list(ranks)},
+        config=asdict(config) | {"layers": list(layers), "ranks": list(ranks)},
         provenance=Provenance.collect(model, seed=config.seed, seconds=time.monotonic() - started),
     )
 
@@ -336,10 +331,6 @@ def _row(layer: int | str, what: str, setting: float, hits: torch.Tensor) -> dic
     return {
         "layer": where, "what": what, "setting": float(setting), "value": value, "lo": lo, "hi": hi, "n": len(hits)
     }  # fmt: skip
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _words(model: "Model") -> Any:

@@ -1,7 +1,7 @@
 """Text that a model gives back word for word, by how often it was seen."""
 
 import time
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from headwater.behavior import metrics
-from headwater.core.errors import MethodError, did_you_mean
+from headwater.core.errors import MethodError
+from headwater.core.methods import configured
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.data.corpus import Corpus, TokenCorpus
@@ -66,7 +67,7 @@ def memorized(
     memorized; sequences that differ in one token count as seen once.
     """
     started = time.monotonic()
-    config = _configured(config, options)
+    config = configured(MemorizedConfig, config, options)
     length = config.prompt + config.continuation
     trained, others = _tokens(corpus, length), _tokens(held, length)
     first, seen = _distinct(trained, length)
@@ -111,7 +112,7 @@ def memorized(
             "share": float(table.filter(~pl.col("held"))["extractable"].cast(pl.Float64).to_numpy().mean()),
             "held_share": float(null["share"][0]), "corpus": trained.name,
         },
-        config={field.name: getattr(config, field.name) for field in fields(config)},
+        config=asdict(config),
         provenance=Provenance.collect(model, seed=config.seed, seconds=time.monotonic() - started),
     )  # fmt: skip
 
@@ -163,13 +164,3 @@ def _by_repeats(table: pl.DataFrame) -> pl.DataFrame:
         sides = {"share": share, "lo": lo, "hi": hi, "matched": matched}
         rows.append({"seen_from": first, "seen_to": last, "n": mine.height, **sides})
     return pl.DataFrame(rows)
-
-
-def _configured(config: MemorizedConfig | None, options: dict[str, Any]) -> MemorizedConfig:
-    if config is not None and options:
-        raise MethodError("give a config or its options, not both", got=sorted(options))
-    known = [field.name for field in fields(MemorizedConfig)]
-    for name in options:
-        if name not in known:
-            raise MethodError("unknown option of memorized", got=repr(name), wanted=did_you_mean(name, known))
-    return config or MemorizedConfig(**options)

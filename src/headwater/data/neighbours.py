@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -10,7 +10,8 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from headwater.core.errors import MethodError, did_you_mean
+from headwater.core.errors import MethodError
+from headwater.core.methods import configured
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 from headwater.data.corpus import Corpus, TokenCorpus
@@ -63,7 +64,7 @@ def nearest(
     taught it may look otherwise. The mean over positions forgets the order of words.
     """
     started = time.monotonic()
-    config = _configured(config, options)
+    config = configured(NearestConfig, config, options)
     found = Corpus.open(corpus)
     if not isinstance(found, TokenCorpus):
         raise MethodError(f"{found.name} holds texts", wanted="sequences of token ids")
@@ -106,7 +107,7 @@ def nearest(
     return NearestSequences(
         tables={"nearest": pl.DataFrame(told), "queries": pl.DataFrame(about)},
         facts={"site": site, "sequences": n, "corpus": found.name},
-        config={field.name: getattr(config, field.name) for field in fields(config)},
+        config=asdict(config),
         provenance=Provenance.collect(model, seconds=time.monotonic() - started),
     )
 
@@ -135,13 +136,3 @@ def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _text(tokenizer: Any, ids: NDArray[Any]) -> str:
     return (tokenizer.decode(ids.tolist()) if tokenizer is not None else " ".join(map(str, ids.tolist())))[:400]
-
-
-def _configured(config: NearestConfig | None, options: dict[str, Any]) -> NearestConfig:
-    if config is not None and options:
-        raise MethodError("give a config or its options, not both", got=sorted(options))
-    known = [field.name for field in fields(NearestConfig)]
-    for name in options:
-        if name not in known:
-            raise MethodError("unknown option of nearest", got=repr(name), wanted=did_you_mean(name, known))
-    return config or NearestConfig(**options)

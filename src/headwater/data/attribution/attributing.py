@@ -3,7 +3,7 @@
 import importlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import polars as pl
 import torch
 from numpy.typing import NDArray
 
-from headwater.core.errors import MethodError, did_you_mean
+from headwater.core.errors import MethodError
+from headwater.core.methods import configured
 from headwater.core.model import Model
 from headwater.core.progress import track
 from headwater.core.results import Provenance
@@ -40,7 +41,7 @@ class AttributionConfig:
     k: int = 10
     checkpoints: int = 3
     steps: tuple[int, ...] = ()
-    weights: tuple[str, ...] = ()
+    weights: str | tuple[str, ...] = ()
     projection: int | None = None
     damping: float = 0.1
     normalize: bool = False
@@ -54,7 +55,6 @@ class AttributionConfig:
         if any(number is not None and number < 1 for number in numbers) or self.damping < 0:
             raise MethodError("the settings of attribution to data do not fit", got=self, wanted="numbers above 0")
         object.__setattr__(self, "steps", tuple(self.steps))
-        object.__setattr__(self, "weights", (self.weights,) if isinstance(self.weights, str) else tuple(self.weights))
         if self.method == "trak" and self.projection is None:
             object.__setattr__(self, "projection", 1024)
 
@@ -87,7 +87,7 @@ def attribute(
     >>> found.text                                                                           # doctest: +SKIP
     """
     started = time.monotonic()
-    config = _configured(config, options)
+    config = configured(AttributionConfig, config, options)
     scorer = scorers.get(config.method)
     source = _Source(model, config)
     data = _tokens(corpus if corpus is not None else source.order)
@@ -107,8 +107,9 @@ def attribute(
     asked = [(one.ids.to(device), one.at.to(device)) for one in queries]
     chosen = source.steps if config.method in several else source.steps[-1:]
     rates = [source.rate(step) for step in chosen]
+    weights = (config.weights,) if isinstance(config.weights, str) else config.weights
     setting = Setting(
-        rates=rates, weights=config.weights, projection=config.projection, damping=config.damping,
+        rates=rates, weights=weights, projection=config.projection, damping=config.damping,
         normalize=config.normalize, vectorized=config.vectorized, seed=config.seed,
     )  # fmt: skip
     scores = scorer(source.models(chosen), asked, batches, setting).double().numpy()
@@ -118,7 +119,7 @@ def attribute(
     plain = retrieval(queries, (data.rows(numbers[i : i + size]) for i in range(0, len(numbers), size)), together)
     relevant = _truth(truth, len(queries), len(numbers))
     known = together if pairs is not None else None
-    losses = SequenceGradients(last.hf, config.weights, vectorized=config.vectorized)
+    losses = SequenceGradients(last.hf, weights, vectorized=config.vectorized)
     loss = [float(losses.losses(ids[None], at[None])) for ids, at in asked]
     rankings = {config.method: scores, RETRIEVAL: plain}
     tables = {
@@ -141,7 +142,7 @@ def attribute(
             "sequences": len(numbers),
             "corpus": data.name,
         },
-        config={field.name: getattr(config, field.name) for field in fields(config)},
+        config=asdict(config),
         provenance=Provenance.collect(last, behavior, seed=config.seed, seconds=time.monotonic() - started),
     )
 
@@ -199,16 +200,6 @@ def _steps(known: Sequence[int], config: AttributionConfig) -> list[int]:
     trained = [step for step in known if step > 0] or list(known)
     wanted = np.linspace(0, trained[-1], config.checkpoints + 1)[1:]
     return sorted({min(trained, key=lambda step: abs(step - one)) for one in wanted.tolist()})
-
-
-def _configured(config: AttributionConfig | None, options: dict[str, Any]) -> AttributionConfig:
-    if config is not None and options:
-        raise MethodError("give a config or its options, not both", got=sorted(options))
-    known = [field.name for field in fields(AttributionConfig)]
-    for name in options:
-        if name not in known:
-            raise MethodError("unknown option of attribute", got=repr(name), wanted=did_you_mean(name, known))
-    return config or AttributionConfig(**options)
 
 
 def _tokens(corpus: Any) -> TokenCorpus:

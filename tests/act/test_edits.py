@@ -1,6 +1,7 @@
 """Edits: any change of weights goes on as its definition says, and comes off to the bit."""
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -112,6 +113,27 @@ def test_a_stack_of_edits_comes_apart_in_any_order() -> None:
     assert same_bits(state_of(model), before)
     with pytest.raises(ModelError, match="no edit to undo"):
         undo(model)
+
+
+def test_a_tied_weight_is_one_by_whichever_name(tmp_path: Path) -> None:
+    import tiny
+    from headwater.act.exporting import export, restore
+
+    model = hw.load(tiny.tiny_llama(tie_word_embeddings=True), tokenizer=tiny.tiny_tokenizer())
+    before = state_of(model)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    deltas = [random_delta(model, names[0], "slices", seed) for seed in (0, 2)]
+    edits = [
+        Edit.of(model, name, [dataclasses.replace(delta, parameter=name)])
+        for name, delta in zip(names, deltas, strict=True)
+    ]
+    for first in (0, 1):
+        for edit in edits:
+            edit.apply(model)
+        loaded = hw.load(export(model, tmp_path / f"edited {first}"))
+        undo(model, edits[first])
+        assert undo(model) == [edits[1 - first]] and same_bits(state_of(model), before)
+        assert same_bits(state_of(restore(tmp_path / f"edited {first}", loaded)), before)
 
 
 def test_an_edit_made_on_an_edited_model_fits_that_one_only() -> None:

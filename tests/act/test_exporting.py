@@ -52,6 +52,24 @@ def test_transformers_loads_what_was_exported(family: str, tmp_path: Path) -> No
     assert all(torch.equal(value, back.state_dict()[name]) for name, value in loaded.hf.state_dict().items())
 
 
+def test_an_edit_that_was_made_on_an_edited_model_is_exported_by_itself(tmp_path: Path) -> None:
+    model = hw.load(tiny.tiny_llama(), tokenizer=tiny.tiny_tokenizer())
+    before = {name: value.clone() for name, value in model.hf.state_dict().items()}
+    first = edits_for(model, 1)[0]
+    first.apply(model)
+    second = edits_for(model, 1)[0]  # for the model with the first on it
+    second.apply(model)
+    undo(model, first)
+    now = {name: value.clone() for name, value in model.hf.state_dict().items()}
+    versions = [parameter._version for parameter in model.hf.parameters()]
+    folder = export(model, tmp_path / "edited")
+    assert applied(model) == [second]
+    assert all(torch.equal(value, now[name]) for name, value in model.hf.state_dict().items())
+    assert versions == [parameter._version for parameter in model.hf.parameters()]  # it was only read
+    loaded = restore(folder, hw.load(folder))
+    assert all(torch.equal(value, before[name]) for name, value in loaded.hf.state_dict().items())
+
+
 def test_half_precision_and_shards_come_back(tmp_path: Path) -> None:
     model = hw.load(tiny.tiny_llama(torch.bfloat16), tokenizer=tiny.tiny_tokenizer())
     before = model.fingerprint

@@ -25,8 +25,8 @@ class _On:
 
 @dataclass(kw_only=True, eq=False)
 class _Edited:
-    """What is on one `transformers` model. written: the version of each parameter after the last write of ours: another
-    one means that something else has written."""
+    """What is on one `transformers` model. written: the version of each parameter (a tied one by its first name) after
+    the last write of ours: another one means that something else has written."""
 
     base: str
     on: list[_On] = field(default_factory=list)
@@ -96,6 +96,25 @@ def undo(model: "Model", edit: "Edit | None" = None, *, all: bool = False) -> "l
         return [one.edit for one in found]
 
 
+def originals(model: "Model") -> dict[str, Tensor]:
+    """What the edited parameters were before the first edit that is on the model: copies; the model is only read.
+
+    Raises ModelError where something else has changed the weights since.
+    """
+    with model.held():
+        on = state.on if (state := _edited.get(model.hf)) is not None else []
+        if state is None or not on:
+            return {}
+        names = list(dict.fromkeys(name for one in on for name in one.edit.parameters))
+        _check_untouched(model, state, names)
+        first = _first_names(model.hf)
+        found = {first[name]: one.detach().cpu().clone() for name, one in parameters_of(model.hf, names).items()}
+        for one in reversed(on):
+            for delta, before in reversed(one.kept):
+                found[first[delta.parameter]][delta.where()] = before.cpu()
+        return found
+
+
 def parameters_of(hf: nn.Module, names: Iterable[str]) -> dict[str, nn.Parameter]:
     """Parameters by name; a tied one may be called by any of its names. Raises MethodError for unknown ones and for
     those that are not in memory."""
@@ -138,14 +157,14 @@ def _put_on(hf: nn.Module, state: _Edited, edit: "Edit") -> _On:
         _restore(known, kept)
         raise
     finally:
-        _note(state, known)
+        _note(hf, state, known)
     return _On(edit=edit, kept=kept)
 
 
 def _take_off(hf: nn.Module, state: _Edited, one: _On) -> None:
     known = parameters_of(hf, one.edit.parameters)
     _restore(known, one.kept)
-    _note(state, known)
+    _note(hf, state, known)
 
 
 def _restore(known: dict[str, nn.Parameter], kept: "list[tuple[Delta, Tensor]]") -> None:
@@ -155,16 +174,25 @@ def _restore(known: dict[str, nn.Parameter], kept: "list[tuple[Delta, Tensor]]")
             parameter[_on_device(delta.where(), parameter)] = before.to(parameter.device)
 
 
-def _note(state: _Edited, known: dict[str, nn.Parameter]) -> None:
+def _note(hf: nn.Module, state: _Edited, known: dict[str, nn.Parameter]) -> None:
+    first = _first_names(hf)
     for name, parameter in known.items():
         if not parameter.is_inference():
-            state.written[name] = parameter._version
+            state.written[first[name]] = parameter._version
+
+
+def _first_names(hf: nn.Module) -> dict[str, str]:
+    """Each name of a parameter, and the first that it goes by: a tied one has several."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(one), name) for name, one in hf.named_parameters(remove_duplicate=False)}
 
 
 def _check_untouched(model: "Model", state: _Edited, names: Iterable[str]) -> None:
     """Refuse to write over weights that something else has changed: what is kept would not be what was there."""
+    first = _first_names(model.hf)
     for name, parameter in parameters_of(model.hf, names).items():
-        if name in state.written and not parameter.is_inference() and parameter._version != state.written[name]:
+        known = state.written.get(first[name])
+        if known is not None and not parameter.is_inference() and parameter._version != known:
             raise ModelError(
                 f"{name} was changed since the edit was applied",
                 fix="Undo edits before anything else changes these weights, or load the model again",

@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from headwater.act.applying import applied, apply, base_fingerprint, parameters_of, undo
+from headwater.act.applying import applied, base_fingerprint, originals, parameters_of
 from headwater.act.edit import Edit, load_tensors, save_tensors
 from headwater.core.errors import ModelError, StoreError
 from headwater.core.files import read_json, to_json, whole_folder, write_bytes
@@ -41,7 +40,7 @@ def export(model: "Model", folder: str | Path) -> Path:
         }
         for at, edit in enumerate(edits):
             edit.save(record / _file_name(at))
-        save_tensors(record / "before.safetensors", {"kind": "before"}, _originals(model, edits))
+        save_tensors(record / "before.safetensors", {"kind": "before"}, originals(model))
         write_bytes(record / _LIST, to_json(facts).encode())
     return path
 
@@ -92,18 +91,6 @@ def restore(folder: str | Path, model: "Model") -> "Model":
     if model.fingerprint != facts["before"]:
         raise ModelError("the model did not become what it was", got=model.fingerprint, wanted=facts["before"])
     return model
-
-
-def _originals(model: "Model", edits: list[Edit]) -> dict[str, Tensor]:
-    """What the edited parameters were before the first edit: edits are taken off for a moment, and put on again."""
-    names = list(dict.fromkeys(name for edit in edits for name in edit.parameters))
-    taken = undo(model, all=True)
-    try:
-        known = parameters_of(model.hf, names)
-        return {name: known[name].detach().cpu().clone() for name in names}
-    finally:
-        for edit in taken:
-            apply(model, edit)
 
 
 def _record(folder: Path) -> dict[str, Any]:

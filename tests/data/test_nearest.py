@@ -41,6 +41,13 @@ def test_the_nearest_are_those_of_all(tiny_model64: Any, center: bool, site: str
     assert found.tables["nearest"]["cosine"][0] == pytest.approx(1.0)
 
 
+def test_one_row_of_ids_is_one_query(tiny_model64: Any) -> None:
+    rows = np.random.default_rng(0).integers(0, 200, (20, 9))
+    whole = nearest(tiny_model64, [rows[3].tolist()], Rows(rows), k=2)
+    for one in (rows[3].tolist(), rows[3], torch.from_numpy(rows[3]), rows[3:4]):
+        assert nearest(tiny_model64, one, Rows(rows), k=2).content_hash == whole.content_hash
+
+
 class Rows:
     def __init__(self, rows: Any) -> None:
         self.rows = rows
@@ -59,8 +66,11 @@ def test_nearest_refuses(tiny_model: Any, tmp_path: Path) -> None:
     ]:
         with pytest.raises(HeadwaterError, match=said):
             nearest(tiny_model, "a text", rows, **options)
-    with pytest.raises(HeadwaterError, match="nothing is asked"):
-        nearest(tiny_model, [], rows, k=1)
+    for nobody in ([], np.ones((0, 3), dtype=np.int64)):
+        with pytest.raises(HeadwaterError, match="nothing is asked"):
+            nearest(tiny_model, nobody, rows, k=1)
+    with pytest.raises(HeadwaterError, match="no tokens"):
+        nearest(tiny_model, [[]], rows, k=1)
     (tmp_path / "t.txt").write_text("a\n")
     with pytest.raises(HeadwaterError, match="holds texts"):
         nearest(tiny_model, "a", tmp_path / "t.txt")
@@ -121,5 +131,8 @@ def test_memorized_refuses(run: TrainingRun) -> None:
     for options, said in [({"prompt": 0}, "above 0"), ({"prompt": 9}, "too short"), ({"promt": 4}, "prompt")]:
         with pytest.raises(HeadwaterError, match=said):
             memorized(model, run.order, held, **{"continuation": 8} | options)
+    for trained, others in ((Rows(np.zeros((0, 12), dtype=np.int64)), held), (run.order, Rows(np.zeros((0, 12))))):
+        with pytest.raises(HeadwaterError, match="no sequences"):
+            memorized(model, trained, others, prompt=4, continuation=8)
     with pytest.raises(HeadwaterError, match="stand in the training data"):
         memorized(model, run.order, Corpus.open(run.order), prompt=4, continuation=8, sequences=20)

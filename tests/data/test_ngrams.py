@@ -104,7 +104,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as left:
         main(["ngrams", str(tmp_path / "index"), "--ids", "2 3 1"])
     assert left.value.code == 0 and "stands 1 times" in capsys.readouterr().out
-    for wrong in (["--ids", "a"], [], ["--text", "a"]):
+    for wrong in (["--ids", "a"], [], ["--text", "a"], ["--ids", " "]):
         with pytest.raises(SystemExit) as left:
             main(["ngrams", str(tmp_path / "index"), *wrong])
         assert left.value.code == 2
@@ -131,9 +131,14 @@ def service() -> Iterator[tuple[NgramService, list[dict[str, Any]]]]:
         def do_POST(self) -> None:
             one = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             asked.append(one)
-            bodies = {"broken": b"<html>", "list": b"[]", "wrong": b'{"error": "no such index"}'}
+            bodies = {
+                "broken": b"<html>", "list": b"[]", "wrong": b'{"error": "no such index"}', "odd": b'{"count": null}',
+                "halves": b'{"count": "\xff"}', "words": b'{"prob": "much"}', "cut": b"{",
+            }  # fmt: skip
             body = bodies.get(one["index"], json.dumps(ANSWERS[one["query_type"]]).encode())
             self.send_response(503 if one["index"] == "busy" else 200)
+            if one["index"] == "cut":
+                self.send_header("Content-Length", "100")
             self.end_headers()
             self.wfile.write(body)
 
@@ -159,9 +164,14 @@ def test_the_service_is_asked_and_understood(service: tuple[NgramService, list[d
     assert client.next("University of") == {7660: ("▁Washington", 0.75), 8046: ("▁California", 0.25)}
     with pytest.raises(HeadwaterError, match="no answer that is known"):
         client.next("University of", backoff=False)
-    for index, said in (("wrong", "no such index"), ("broken", "known"), ("list", "known"), ("busy", "HTTP 503")):
+    for index, said in (
+        ("wrong", "no such index"), ("broken", "known"), ("list", "known"), ("busy", "HTTP 503"), ("odd", "known"),
+        ("halves", "known"), ("cut", "cannot be reached"),
+    ):  # fmt: skip
         with pytest.raises(HeadwaterError, match=said):
             NgramService(index, url=client.url).count("a")
+    with pytest.raises(HeadwaterError, match="known"):
+        NgramService("words", url=client.url).probability("a")
 
 
 def test_a_service_that_is_not_there_is_said_to_be(service: tuple[NgramService, list[dict[str, Any]]]) -> None:

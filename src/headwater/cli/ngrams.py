@@ -40,6 +40,8 @@ def ngrams(
         from headwater.cli.count import _tokenizer
 
         wanted = list(_tokenizer(tokenizer)(text, add_special_tokens=False)["input_ids"])
+    if out is None and not wanted:
+        raise MethodError("nothing to look for", got=repr(ids if ids is not None else text), wanted="one token or more")
     kept = (Path(corpus) / "index.json").exists()
     index = NgramIndex.open(corpus) if kept else NgramIndex.build(corpus)
     if out is not None:

@@ -120,8 +120,7 @@ def memorized(
 def matched(model: "Model", ids: NDArray[np.int64], prompt: int) -> NDArray[np.int64]:
     """[n] how many tokens after the first `prompt` greedy decoding gives back before the first wrong one."""
     rows = torch.from_numpy(np.ascontiguousarray(ids))
-    logits = model.run(rows[:, :-1], logits="all").logits
-    assert isinstance(logits, torch.Tensor)
+    logits: torch.Tensor = model.run(rows[:, :-1], logits="all").logits
     right = logits[:, prompt - 1 :].argmax(dim=-1).cpu() == rows[:, prompt:]
     return right.long().cumprod(dim=1).sum(dim=1).numpy()
 
@@ -133,6 +132,8 @@ def _tokens(corpus: Any, length: int) -> TokenCorpus:
     if found.sequence_length < length:
         wanted = f"{length} (prompt and continuation)"
         raise MethodError("the sequences are too short", got=found.sequence_length, wanted=wanted, fix="Ask for fewer")
+    if not found.n_sequences:
+        raise MethodError(f"{found.name} holds no sequences", wanted="one or more")
     return found
 
 

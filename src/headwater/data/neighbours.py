@@ -59,9 +59,9 @@ def nearest(
 ) -> NearestSequences:
     """For each query the sequences with the most similar hidden states: exact cosines with every sequence, in one pass.
 
-    queries: texts, or token ids. corpus: a `Corpus` of token ids, or what `Corpus.open` takes. Options are those of
-    `NearestConfig`. Known failure: alike is not responsible: a neighbour may have taught the model nothing, and what
-    taught it may look otherwise. The mean over positions forgets the order of words.
+    queries: texts, or rows of token ids; or one. corpus: a `Corpus` of token ids, or what `Corpus.open` takes. Options
+    are those of `NearestConfig`. Known failure: alike is not responsible: a neighbour may have taught the model
+    nothing, and what taught it may look otherwise. The mean over positions forgets the order of words.
     """
     started = time.monotonic()
     config = configured(NearestConfig, config, options)
@@ -72,9 +72,7 @@ def nearest(
     n = min(found.n_sequences, config.sequences or found.n_sequences)
     if config.k > n:
         raise MethodError("fewer sequences than are asked for", got=n, wanted=f"k = {config.k} or more")
-    asked = [queries] if isinstance(queries, str) else list(queries)
-    if not asked:
-        raise MethodError("nothing is asked for", wanted="at least one query")
+    asked = _asked(queries)
     middle = np.zeros(model.d_model)
     if config.center:
         some = np.unique(np.linspace(0, n - 1, min(n, _SAMPLE)).astype(np.int64))
@@ -110,6 +108,21 @@ def nearest(
         config=asdict(config),
         provenance=Provenance.collect(model, seconds=time.monotonic() - started),
     )
+
+
+def _asked(queries: Any) -> list[Any]:
+    """Each a text, or token ids."""
+    given = queries.cpu().numpy() if isinstance(queries, torch.Tensor) else queries
+    rows: list[Any] = [given] if isinstance(given, str) else list(given)
+    if rows and not any(isinstance(one, str) or np.ndim(one) for one in rows):
+        rows = [rows]
+    if not rows:
+        raise MethodError("nothing is asked for", wanted="at least one query")
+    if any(len(one) == 0 for one in rows):
+        raise MethodError(
+            "a query has no tokens", got=f"number {next(i for i, one in enumerate(rows) if not len(one))}"
+        )
+    return rows
 
 
 def _means(

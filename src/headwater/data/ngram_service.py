@@ -1,5 +1,6 @@
 """The public n-gram service over corpora of trillions of tokens, as a client."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -29,13 +30,18 @@ class NgramService:
 
     def count(self, query: str | Sequence[int]) -> int:
         """How often it stands in the corpus."""
-        return int(self._ask("count", query, "count"))
+        found = self._ask("count", query, "count")
+        if not isinstance(found, int):
+            raise self._odd({"count": found})
+        return found
 
     def probability(self, query: str | Sequence[int], *, backoff: bool = True) -> float | None:
         """The share with which the query's last token follows the ones before; with `backoff` the longest end of them
         that is there. None where nothing is there."""
         found = self._answer("infgram_prob" if backoff else "prob", query)
         share = found.get("prob")
+        if share is not None and not isinstance(share, int | float):
+            raise self._odd(found)
         return None if share is None or share < 0 else float(share)
 
     def next(self, query: str | Sequence[int], *, backoff: bool = True) -> dict[int, tuple[str, float]]:
@@ -67,7 +73,7 @@ class NgramService:
                 body = answer.read()
         except urllib.error.HTTPError as error:
             raise StoreError(f"the n-gram service at {self.url} refused", got=f"HTTP {error.code}", fix=fix) from None
-        except (urllib.error.URLError, OSError) as error:
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             reason = getattr(error, "reason", error)
             raise StoreError(f"the n-gram service at {self.url} cannot be reached", got=str(reason), fix=fix) from None
         try:

@@ -78,5 +78,8 @@ def test_as_a_measure(run: TrainingRun) -> None:
     probe = Probe(model, 8, ids=torch.from_numpy(rows), loss_at=torch.from_numpy(at))
     assert len(measures.get("learning_coefficient")(probe, chains=1, steps=2)) == 1
     assert all(torch.equal(a, b) for a, b in zip(before, model.hf.parameters(), strict=True))
+    few = Probe(model, 8, ids=torch.from_numpy(rows[:1, :2]))
+    with pytest.raises(MethodError, match="two predicted tokens"):
+        measures.get("learning_coefficient")(few)
     with pytest.raises(MethodError, match="SGLD"):
         measures.get("learning_coefficient")(probe, chains=0)

@@ -77,5 +77,8 @@ def test_refusals(tmp_path: Path) -> None:
         repeated(small(validation=[]), tmp_path)
     with pytest.raises(HeadwaterError, match="fresh data"):
         repeated(config(), tmp_path, source=3)
+    for grid in ({"sequences": (0, 8)}, {"shares": (0.0, 0.5)}):  # these would be trained without any repeats
+        with pytest.raises(HeadwaterError, match="share"):
+            repeated(config(), tmp_path, **grid)
     with pytest.raises(HeadwaterError, match="nothing to train"):
         repeated(config(), tmp_path, seeds=())

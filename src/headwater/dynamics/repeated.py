@@ -70,6 +70,8 @@ def repeated(
         raise MethodError("repeats are judged on fresh data", got="no such source, or no validation", wanted="both")
     if not shares or not sequences or not seeds:
         raise MethodError("nothing to train", wanted="a share, a number of sequences and a seed or more")
+    for share, n in itertools.product(shares, sequences):
+        RepeatConfig(share=share, sequences=n)  # what does not fit is refused before anything is trained
     rows: list[list[Any]] = []
     cells = [(0.0, 0), *itertools.product(shares, sequences)]
     for (share, n), seed in track(list(itertools.product(cells, seeds)), "repeated data"):

@@ -53,6 +53,8 @@ def learning_coefficient(
         return losses_of(hf(input_ids=rows, use_cache=False).logits.float(), rows)[:, at].mean()
 
     n = len(ids) * int(at.sum())
+    if n < 2:
+        raise MethodError("the learning coefficient needs data", got=n, wanted="two predicted tokens or more")
     found = [
         sampled(
             loss, weights, n=n, rows=len(ids), batch=batch, steps=steps, burn=burn, step_size=step_size,

@@ -77,6 +77,12 @@ def test_which_formed_first():
     assert decided(first) == "supported" and first.effect > 10
     other = run_test("formed_first", context, {"first": behavior, "second": circuit, "draws": 99})
     assert decided(other) == "refuted"
+    # which was to be first was read off the curves that are tested: p counts both orders
+    from headwater.dynamics.first import came_first
+    from headwater.trace.claims_history import _Curves
+
+    own = came_first(_Curves(context), ("circuit",), ("behavior",), draws=99)  # type: ignore[arg-type]
+    assert first.p == pytest.approx(2 * (own.p or 0)) and other.p == 1.0
     flat = Context(formation=formed(behavior=999, noise=0.0))
     none = run_test("formed_first", flat, {"first": circuit, "second": behavior, "draws": 99})
     assert decided(none) == "inconclusive" and "no change point" in none.why_not

@@ -4,6 +4,7 @@ Tests read the results of the stages `timeline`, `data` and `do_data` from their
 verified, as measured again from the checkpoints and the corpus.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -199,7 +200,11 @@ class _Curves:
 @test("formed_first")
 def formed_first(context: Context, *, seed: int, first: list[Any], second: list[Any], draws: int) -> Outcome:
     """Whether one curve changed before another (`headwater.dynamics.first.came_first`), of: ["behavior"], ["circuit"]
-    (means over test pairs), ["heads", role, heads] (their mean attention to the role's place on random tokens)."""
+    (means over test pairs), ["heads", role, heads] (their mean attention to the role's place on random tokens).
+
+    Which is to be first was read off curves of the same checkpoints, and of heads off the very curve that is tested: so
+    p counts both orders (twice the one-sided one).
+    """
     from headwater.dynamics.first import came_first
 
     curves, names = _Curves(context), list[tuple[str, str]]()
@@ -208,7 +213,8 @@ def formed_first(context: Context, *, seed: int, first: list[Any], second: list[
             curves.groups[one[1]] = (one[1], one[2])
         names.append((one[0], one[1] if len(one) > 1 else ""))
     try:
-        return came_first(curves, names[0], names[1], draws=draws, seed=seed)  # type: ignore[arg-type]
+        found = came_first(curves, names[0], names[1], draws=draws, seed=seed)  # type: ignore[arg-type]
+        return replace(found, p=None if found.p is None else min(1.0, 2 * found.p))
     except MethodError as error:
         return Outcome(effect=float("nan"), why_not=f"{error.what} ({error.got})")
 

@@ -331,10 +331,10 @@ def test_curves_are_what_each_strength_does(tiny_model64: Any, ioi: Any) -> None
     for action, name in zip(actions, table["action"].unique(maintain_order=True), strict=True):
         assert action.at is not None
         mine = table.filter(action=name)
-        assert mine["strength"].to_list() == sorted({0.0, 1.5, 3.0, action.config["strength"]})
+        assert mine["strength"].to_list() == [None, *sorted({1.5, 3.0, action.config["strength"]})]
         assert mine.filter("chosen")["strength"].to_list() == [action.config["strength"]]
         for row in mine.iter_rows(named=True):
-            changed = action.at(row["strength"]) if row["strength"] else NOTHING
+            changed = action.at(row["strength"]) if row["strength"] is not None else NOTHING
             said = score(tiny_model64, bound, changed, ["logit_diff", "accuracy"])
             assert row["value"] == pytest.approx(said["logit_diff"].mean())
             assert row["accuracy"] == pytest.approx(said["accuracy"].mean())
@@ -344,6 +344,27 @@ def test_curves_are_what_each_strength_does(tiny_model64: Any, ioi: Any) -> None
     assert found.chart().to_dict()
     with pytest.raises(MethodError, match="actions with a strength"):
         curves(tiny_model64, ioi, NOTHING)
+
+
+def test_nothing_is_not_strength_zero(tiny_model64: Any, ioi: Any) -> None:
+    """At strength 0 the neurons of `value_vectors` are out, and `affine` sets the counterfactuals' level."""
+    actions = [
+        act("value_vectors", tiny_model64, ioi, neurons=20, strengths=(0.0,), **FREE),
+        made("affine", tiny_model64, ioi),
+    ]
+    table = curves(tiny_model64, ioi, actions, (0, 1), text=["The garden near the river"], text_tokens=4).tables[
+        "curve"
+    ]
+    bound = ioi.test.bind(tiny_model64)
+    plain = score(tiny_model64, bound, NOTHING, ["logit_diff"])["logit_diff"].mean()
+    for action, name in zip(actions, table["action"].unique(maintain_order=True), strict=True):
+        assert action.at is not None
+        mine = table.filter(action=name)
+        assert mine["strength"].to_list() == [None, *sorted({0.0, 1.0, action.config["strength"]})]
+        assert mine["value"][0] == pytest.approx(plain) and not mine["chosen"][0]
+        out = score(tiny_model64, bound, action.at(0.0), ["logit_diff"])["logit_diff"].mean()
+        assert mine.filter(strength=0.0)["value"].item() == pytest.approx(out) and abs(out - plain) > 1e-6
+        assert mine.filter("chosen")["strength"].to_list() == [action.config["strength"]]
 
 
 @pytest.mark.parametrize("reads", ["responses", "prompts"])

@@ -39,9 +39,10 @@ _SCHEMA = {
 class SteeringCurve(Result):
     """What actions do at each strength.
 
-    `tables["curve"]`: action, strength (0: nothing is done), value (the mean over test pairs of the metric, counted in
-    the goal's direction), lo, hi (95% bootstrap), accuracy, n, perplexity of plain text (with the action on at every
-    token) with its interval over texts, texts, chosen (the strength that was chosen on training pairs). Facts: metric,
+    `tables["curve"]`: action, strength (null: nothing is done; 0 may do something, as a factor does), value (the mean
+    over test pairs of the metric, counted in the goal's direction), lo, hi (95% bootstrap), accuracy, n, perplexity of
+    plain text (with the action on at every token) with its interval over texts, texts, chosen (the strength that was
+    chosen on training pairs). Facts: metric,
     goals.
     """
 
@@ -86,8 +87,8 @@ def curves(
         order = bound.behavior.frame.select("id").with_columns(sign=pl.Series(signs))
         own = float(one.config.get("strength", np.nan))
         asked = sorted({float(s) for s in strengths} | ({own} if np.isfinite(own) else set()))
-        for strength in track([0.0, *asked], one.name):
-            changed = one.at(strength) if one.at is not None and strength else None
+        for strength in track([None, *asked], one.name):
+            changed = one.at(strength) if one.at is not None and strength is not None else None
             pairs, losses = plain if changed is None else _measure(model, bound, changed, metric, texts, text_tokens)
             joined = order.join(pairs, on="id", how="inner", maintain_order="left")
             value = bootstrap(joined["sign"].to_numpy() * joined[metric].to_numpy(), seed=seed)
@@ -105,7 +106,7 @@ def curves(
                     "perplexity_lo": fluency.lo,
                     "perplexity_hi": fluency.hi,
                     "texts": len(texts),
-                    "chosen": strength == own,
+                    "chosen": strength is not None and strength == own,
                 }
             )
     config = CurveConfig(strengths=tuple(map(float, strengths)), text_tokens=text_tokens, seed=seed)

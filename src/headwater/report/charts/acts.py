@@ -11,8 +11,9 @@ from headwater.report.words import number
 
 def steering_curve(result: Any) -> Any:
     """Strength against what an action does, and beside it against the perplexity of plain text; a ring stands around
-    the strength that was chosen on training pairs."""
+    the strength that was chosen on training pairs, a dashed line where nothing is done."""
     found = rows(result.tables.get("curve"), "action", "strength", "value", "lo", "hi", "perplexity", "chosen")
+    usual = next((row for row in found if row["strength"] is None), None)
     found = [row for row in found if None not in (row["action"], row["strength"])]
     metric = str(result.facts.get("metric") or "metric").replace("_", " ")
     panels: list[Any] = []
@@ -68,5 +69,10 @@ def steering_curve(result: Any) -> Any:
         line = base.mark_line(strokeWidth=1.5).encode(y=y)
         tried = base.mark_point(size=30, filled=True, opacity=1).encode(y=y)
         ring = base.transform_filter("datum.chosen").mark_point(size=130, strokeWidth=2, opacity=1).encode(y=y)
-        panels.append((line + spread + tried + ring).properties(width=(WIDTH - 120) // 2, height=200))
+        layers = [line, spread, tried, ring]
+        if usual is not None and usual.get(what) is not None and (usual[what] > 0 or not log):
+            tip = f"nothing is done: {title} {number(usual[what])}"
+            still = alt.Chart(data([{"value": usual[what], "tip": tip}])).mark_rule(strokeDash=[4, 3], opacity=0.6)
+            layers.insert(0, still.encode(y=alt.Y("value:Q", scale=scale), description="tip:N", tooltip="tip:N"))
+        panels.append(alt.layer(*layers).properties(width=(WIDTH - 120) // 2, height=200))
     return themed(alt.hconcat(*panels, spacing=24)) if panels else themed(nothing())

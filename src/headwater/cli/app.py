@@ -14,6 +14,7 @@ from headwater.cli import (
     circuit,
     compare_models,
     count,
+    examples,
     link,
     localize,
     models,
@@ -67,6 +68,7 @@ compare_models.add_to(app)
 count.add_to(app)
 link.add_to(app)
 ngrams.add_to(app)
+examples.add_to(app)
 attribute.add_to(app)
 act.add_to(app)
 truth.add_to(app)

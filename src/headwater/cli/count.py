@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.inputs import tokenizer_named
 from headwater.cli.show import show, show_json, show_rows
 
 
@@ -59,7 +60,7 @@ def count(
     result = run_count(
         Corpus.open(corpus, layout=layout, **settings),
         pairs,
-        tokenizer=_tokenizer(tokenizer) if tokenizer is not None else None,
+        tokenizer=tokenizer_named(tokenizer) if tokenizer is not None else None,
         out=out,
         scope=scope,
         window=window,
@@ -88,14 +89,3 @@ def _value(text: str) -> Any:
     if text in ("true", "false"):
         return text == "true"
     return int(text) if text.lstrip("-").isdigit() else text
-
-
-def _tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
-    from headwater.core.errors import ModelError
-
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load a tokenizer from {name}", got=str(error).splitlines()[0]) from None

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headwater.cli.inputs import ids_of, tokenizer_named
 from headwater.cli.show import show, show_json, show_rows
 
 
@@ -30,16 +31,11 @@ def ngrams(
         raise MethodError("what is to be looked for?", fix="Give --ids or --text; or only --out, to keep an index")
     wanted: list[int] = []
     if ids is not None:
-        try:
-            wanted = [int(part) for part in ids.replace(",", " ").split()]
-        except ValueError:
-            raise MethodError("--ids takes numbers", got=repr(ids), wanted="such as '12 7 300'") from None
+        wanted = ids_of(ids)
     elif text is not None:
         if tokenizer is None:
             raise MethodError("a text is cut by a tokenizer", fix="Give --tokenizer, the one of the corpus")
-        from headwater.cli.count import _tokenizer
-
-        wanted = list(_tokenizer(tokenizer)(text, add_special_tokens=False)["input_ids"])
+        wanted = list(tokenizer_named(tokenizer)(text, add_special_tokens=False)["input_ids"])
     if out is None and not wanted:
         raise MethodError("nothing to look for", got=repr(ids if ids is not None else text), wanted="one token or more")
     kept = (Path(corpus) / "index.json").exists()

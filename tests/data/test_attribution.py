@@ -391,10 +391,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         main(arguments)
     said = capsys.readouterr().out
     assert left.value.code == 0 and "base rate" in said and "retrieval" in said and "no causes" in said
-    for wrong in (["attribute", "x"], [*arguments, "--seeds", "a"], [*arguments[:3], str(tmp_path / "no.csv")]):
+    (tmp_path / "holes.csv").write_text("prompt,answer\nt1 t2,\n")
+    (tmp_path / "bare.csv").write_text("prompt\nt1 t2\n")
+    for wrong in (
+        ["attribute", "x"], [*arguments, "--seeds", "a"],
+        *([*arguments[:3], str(tmp_path / name)] for name in ("no.csv", "holes.csv", "bare.csv")),
+    ):  # fmt: skip
         with pytest.raises(SystemExit) as left:
             main(wrong)
         assert left.value.code == 2
+
+
+def test_queries_are_read_as_they_are_written(tmp_path: Path) -> None:
+    from headwater.cli.attribute import _queries
+
+    (tmp_path / "q.csv").write_text("prompt,answer\nThe code is,007\nTo phone,1.50\n")
+    assert _queries(tmp_path / "q.csv") == ([("The code is", "007"), ("To phone", "1.50")], None)
 
 
 def test_refusals(run: TrainingRun, tmp_path: Path) -> None:

@@ -93,7 +93,11 @@ def _queries(path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]] |
     from headwater.core.errors import StoreError, did_you_mean
     from headwater.core.files import store_error
 
-    readers = {".csv": pl.read_csv, ".jsonl": pl.read_ndjson, ".parquet": pl.read_parquet}
+    # of CSV all are texts: an answer 007 is not 7
+    readers: dict[str, Any] = {
+        ".csv": lambda file: pl.read_csv(file, infer_schema=False), ".jsonl": pl.read_ndjson,
+        ".parquet": pl.read_parquet,
+    }  # fmt: skip
     if path.suffix not in readers:
         raise StoreError("queries in a file of unknown kind", got=path, wanted=", ".join(readers))
     try:
@@ -105,7 +109,9 @@ def _queries(path: Path) -> tuple[list[tuple[str, str]], list[tuple[str, str]] |
     for name in ("prompt", "answer"):
         if name not in frame.columns:
             raise StoreError(f"{path} has no column {name!r}", wanted=did_you_mean(name, frame.columns))
-    asked = list(frame.select(pl.col("prompt", "answer").cast(pl.String)).iter_rows())
-    if {"subject", "object"} <= set(frame.columns):
-        return asked, list(frame.select(pl.col("subject", "object").cast(pl.String)).iter_rows())
-    return asked, None
+    sides = ["prompt", "answer"] + (["subject", "object"] if {"subject", "object"} <= set(frame.columns) else [])
+    frame = frame.select(pl.col(sides).cast(pl.String))
+    if not frame.height or frame.null_count().sum_horizontal().item():
+        raise StoreError(f"{path} has queries that lack something", got=f"{frame.height} rows", wanted=", ".join(sides))
+    pairs = list(frame.select("subject", "object").iter_rows()) if len(sides) == 4 else None
+    return list(frame.select("prompt", "answer").iter_rows()), pairs

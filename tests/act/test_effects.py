@@ -13,7 +13,7 @@ from headwater.act.action import Goal
 from headwater.act.measuring import NOTHING, text_loss, texts_of
 from headwater.behavior.table import Behavior
 from headwater.claims.statistics import bootstrap
-from headwater.core.errors import BehaviorError, MethodError
+from headwater.core.errors import BehaviorError, MethodError, ModelError
 from headwater.core.interventions import replace
 
 TEXTS = ["The garden near the river was bright in autumn and the people walked along the road", "A dog and a bird"]
@@ -246,6 +246,20 @@ def test_the_packages_texts() -> None:
     assert all(len(text.split()) > 60 for text in texts)
     assert texts_of("One text\nof two lines.\n\nAnother.") == ["One text of two lines.", "Another."]
     assert texts_of(["a", " "]) == ["a"]
+
+
+def test_texts_are_cut_to_what_the_model_reads() -> None:
+    import tiny
+
+    model = hw.load(tiny.tiny_llama(max_position_embeddings=16), tokenizer=tiny.tiny_tokenizer())
+    found = text_loss(model, plain_texts()[:2], NOTHING, tokens=48)
+    wanted = text_loss(model, plain_texts()[:2], NOTHING, tokens=16)
+    assert found == pytest.approx(wanted)
+    prefix = Action(name="prefixed", prefix="Mary and John went home.\n")
+    assert len(model.tokens(prefix.prefix)[0]) > 4
+    assert np.isfinite(text_loss(model, plain_texts()[:2], prefix, tokens=4)).all()
+    with pytest.raises(ModelError, match="longer than the context"):  # not fewer tokens than without the prefix
+        text_loss(model, plain_texts()[:2], prefix, tokens=48)
 
 
 def test_texts_too_short_are_refused(tiny_model64: Any) -> None:

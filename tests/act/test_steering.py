@@ -103,6 +103,50 @@ def test_limits_on_perplexity_hold(tiny_model64: Any, ioi: Any) -> None:
     assert bound.config["perplexity_ratio"] <= limit < max(ratios.values())
 
 
+def test_a_strength_that_breaks_the_model_is_not_chosen(tiny_model: Any, ioi: Any) -> None:
+    options = {**FREE, "max_perplexity": 1e30, "goal": "raise"}
+    plain = steer(tiny_model, ioi, "resid_post.1", strengths=(0.5, 2.0), **options)
+    for broken in ((0.5, 2.0, 1e39), (1e39, 0.5, 2.0), (0.5, 1e39, 2.0)):
+        found = steer(tiny_model, ioi, "resid_post.1", strengths=broken, **options)
+        assert found.sweep is not None and found.sweep["after"].is_nan().any()
+        assert found.config["strength"] == plain.config["strength"]
+    with pytest.raises(MethodError, match="finite"):
+        steer(tiny_model, ioi, "resid_post.1", strengths=(1e39,), **options)
+    with pytest.raises(MethodError, match="no strength to try"):
+        steer(tiny_model, ioi, "resid_post.1", strengths=())
+
+
+def test_held_pairs_of_one_value_serve_a_goal_of_two(tiny_model: Any) -> None:
+    ioi = hw.behavior("ioi", n=12, seed=0)
+    for seed in range(8):  # one held pair has one order
+        found = steer(tiny_model, ioi, "resid_post.1", goal="order=ABBA", n=1, seed=seed, max_perplexity=1e9)
+        assert found.config["validation"]["pairs"] == 1
+    with pytest.raises(MethodError, match="no pair has order = 'CCCC'"):
+        steer(tiny_model, ioi, "resid_post.1", goal="order=CCCC")
+
+
+def test_a_model_of_few_words_and_a_short_context_is_steered_too() -> None:
+    """As models of the lab are: plain text is not of their words, and is longer than they read."""
+    import localize_families
+    import tiny as tiny_models
+
+    model = localize_families.make("llama")
+    model.tokenizer = tiny_models.word_tokenizer(61)
+    rows = [
+        {"prompt": f"w3 w{at} w9 w5", "counterfactual": f"w3 w{at + 1} w9 w5", "answer": " w20", "foil": " w21",
+         "split": "train" if at < 22 else "test"}
+        for at in range(10, 30)
+    ]  # fmt: skip
+    behavior = hw.Behavior.from_rows(rows, name="made")
+    found = act("caa", model, behavior, sites="resid_post.0", goal="raise", n=4, strengths=(0.5, 1.0))
+    held = Task.of(model, behavior, "resid_post.0", "raise", 4, 0).held
+    texts = held.behavior.prompts
+    before, after = (text_loss(model, texts, one).mean() for one in (NOTHING, found))
+    assert found.config["perplexity_ratio"] == pytest.approx(np.exp(after - before))
+    repaired = act("repair", model, behavior, n=4, max_perplexity=1e9)
+    assert repaired.edit is not None and np.isfinite(repaired.config["perplexity_ratio"])
+
+
 def test_caa_is_steer(tiny_model64: Any, ioi: Any) -> None:
     one = made("caa", tiny_model64, ioi)
     two = steer(tiny_model64, ioi, "resid_post.1", goal="raise", **FREE)

@@ -48,12 +48,13 @@ class Goal:
     def __str__(self) -> str:
         return f"{self.column} = {self.value}" if self.direction == "toward" else self.direction
 
-    def signs(self, frame: pl.DataFrame) -> NDArray[np.float64]:
-        """+1 for each pair [n] whose metric should rise, -1 where it should fall. Raises MethodError."""
+    def signs(self, frame: pl.DataFrame, *, part: bool = False) -> NDArray[np.float64]:
+        """+1 for each pair [n] whose metric should rise, -1 where it should fall. Raises MethodError for an unknown
+        column, and for a value that no pair has; `part`: these are some of a behavior's pairs, so that none may."""
         if self.direction != "toward":
             return np.full(frame.height, 1.0 if self.direction == "raise" else -1.0)
         values = column_of(frame, self.column)
-        if self.value not in values:
+        if self.value not in values and not part:
             wanted = did_you_mean(self.value, set(values))
             raise MethodError(f"no pair has {self.column} = {self.value!r}", wanted=wanted)
         return np.where(np.asarray(values) == self.value, 1.0, -1.0)

@@ -96,13 +96,23 @@ def _paragraphs(text: str) -> list[str]:
     return [" ".join(part.split()) for part in text.split("\n\n") if part.strip()]
 
 
+def first_tokens(model: "Model", texts: Sequence[str], tokens: int) -> list[torch.Tensor]:
+    """The first `tokens` token ids of each text, and no more than the model's context holds."""
+    if model.tokenizer is None:
+        return [row[:tokens].cpu() for row in model.tokens(list(texts))]  # tells what is lacking
+    # Not model.tokens: a text may be longer than the context before it is cut.
+    limit = min(tokens, model.max_length or tokens)
+    return [torch.as_tensor(row[:limit], dtype=torch.long) for row in model.tokenizer(list(texts))["input_ids"]]
+
+
 def lacks_words(model: "Model", text: str) -> bool:
     """Whether a text holds words that the model's tokenizer does not know."""
     return model.tokenizer is not None and TokenTable(model.tokenizer).lacks(text)
 
 
 def text_loss(model: "Model", texts: Sequence[str], action: Action, *, tokens: int = 64) -> Floats:
-    """Mean cross-entropy in nats a token of each text [n], over its first `tokens` tokens but the first.
+    """Mean cross-entropy in nats a token of each text [n], over its first `tokens` tokens (as many as the model reads)
+    but the first.
 
     An action's interventions hold on all tokens but the first; a prefix goes before each text and is not scored.
     `exp(mean)` is the perplexity. Texts of fewer than two tokens are refused.
@@ -112,7 +122,7 @@ def text_loss(model: "Model", texts: Sequence[str], action: Action, *, tokens: i
             return text_loss(model, texts, rest, tokens=tokens)
     if any(lacks_words(model, text) for text in texts):
         raise MethodError("the tokenizer lacks words of the texts", fix="Give texts of its own words")
-    ids = [row[:tokens].cpu() for row in model.tokens(list(texts))]
+    ids = first_tokens(model, texts, tokens)
     if min(map(len, ids)) < 2:
         raise MethodError("a text is too short to measure perplexity on", wanted="at least two tokens")
     head = torch.empty(0, dtype=torch.long)

@@ -60,7 +60,7 @@ def prompt(
     tried = [_score(model, against, prefix, wanted, name) for prefix in candidates]
     if not np.isfinite(tried).any():
         raise MethodError("no prefix can be made", got=f"a context of {model.max_length} tokens", wanted="a longer one")
-    best = candidates[int(np.argmax(tried))]
+    best = candidates[int(np.argmax(np.where(np.isfinite(tried), tried, -np.inf)))]
     return Action(
         name=f"prompt {'toward ' if wanted.direction == 'toward' else 'to '}{wanted}: {_told(best)}",
         prefix=best,
@@ -85,14 +85,14 @@ def _score(model: "Model", bound: "Bound", prefix: str, goal: Goal, name: str) -
     except BehaviorError:  # it leaves no room for any pair
         return float("-inf")
     frame = bound.behavior.frame.join(found, on="id", how="inner", maintain_order="left")
-    return float(np.mean(goal.signs(frame) * frame[name].to_numpy())) if frame.height else float("-inf")
+    return float(np.mean(goal.signs(frame, part=True) * frame[name].to_numpy())) if frame.height else float("-inf")
 
 
 def _examples(bound: "Bound", rows: list[int], goal: Goal, shots: tuple[int, ...], draws: int, seed: int) -> list[str]:
     """Training pairs written out with what should come next."""
     frame = bound.frame[rows] if rows else bound.frame[:0]
     if goal.direction == "toward" and frame.height:
-        has = [s > 0 for s in goal.signs(bound.frame)[rows]]
+        has = [s > 0 for s in goal.signs(bound.frame, part=True)[rows]]
         frame = frame.filter(pl.Series(has))
     pairs = frame.to_dicts()
     draw = random.Random(f"headwater-shots:{seed}")

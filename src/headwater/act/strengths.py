@@ -83,7 +83,7 @@ def curves(
     rows: list[dict[str, Any]] = []
     plain = _measure(model, bound, NOTHING, metric, texts, text_tokens)
     for one in actions:
-        signs = one.goal.signs(bound.behavior.frame)
+        signs = one.goal.signs(bound.behavior.frame, part=True)
         order = bound.behavior.frame.select("id").with_columns(sign=pl.Series(signs))
         own = float(one.config.get("strength", np.nan))
         asked = sorted({float(s) for s in strengths} | ({own} if np.isfinite(own) else set()))

@@ -124,7 +124,7 @@ class Bench:
         if not frame.height:
             return "no pair is left"
         right = frame["accuracy"].to_numpy()
-        signs = goal.signs(frame) if goal is not None else np.ones(len(right))
+        signs = goal.signs(frame, part=True) if goal is not None else np.ones(len(right))
         return float(np.where(signs > 0, right, 1 - right).mean())
 
     def _perplexity(self, action: Action) -> float | str:

@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from headwater.act.action import Action, Goal
 from headwater.act.edit import Delta, Edit
 from headwater.act.steering.choosing import Candidate, Task, choose
@@ -70,7 +68,7 @@ def chosen(task: Task, candidates: Sequence[Candidate], config: EditConfig, *, m
         facts = {"action": "edit", "method": method, "site": str(what.site), "strength": strength}
         return Action(name=edit.name, edit=edit, goal=what.goal, config=facts | {"goal": str(what.goal)})
 
-    made = choose(
+    return choose(
         task,
         candidates,
         config.strengths,
@@ -80,8 +78,3 @@ def chosen(task: Task, candidates: Sequence[Candidate], config: EditConfig, *, m
         passes=passes,
         seed=config.seed,
     )
-    return made if np.isfinite(made.config["perplexity_ratio"]) else _unreadable(made)
-
-
-def _unreadable(made: Action) -> Action:
-    raise MethodError(f"{made.name} leaves the model without finite logits", fix="Choose smaller strengths")

@@ -18,7 +18,7 @@ from headwater.act.catalog import methods
 from headwater.act.edit import Delta
 from headwater.act.editing.making import as_action
 from headwater.act.editing.parts import down_projection
-from headwater.act.measuring import NOTHING, main_metric, plain_texts, said, score, text_loss
+from headwater.act.measuring import NOTHING, first_tokens, main_metric, plain_texts, said, score, text_loss
 from headwater.core.errors import MethodError
 from headwater.core.methods import configured
 from headwater.core.progress import track
@@ -99,7 +99,7 @@ def text_relevance(model: "Model", texts: Sequence[str], tokens: int = 48) -> Te
     """[L, M]: the same for the mean loss of each text, mean over texts."""
     sites, total = [f"neurons.{layer}" for layer in range(model.n_layers)], torch.zeros(0)
     for text in texts:
-        ids = model.tokens(text)[0][None, :tokens]
+        ids = first_tokens(model, [text], tokens)[0][None]
         run = model.run(ids, capture=sites, grad=True)
         loss = torch.nn.functional.cross_entropy(run.logits[0, :-1].float(), ids[0, 1:].to(run.logits.device))
         total = _added(total, [(run[site] * grad).detach() for site, grad in run.grads(loss, sites).items()])

@@ -10,7 +10,7 @@ import polars as pl
 import torch
 
 from headwater.act.action import Action, Goal, column_of
-from headwater.act.measuring import NOTHING, main_metric, plain_texts, score, text_loss
+from headwater.act.measuring import NOTHING, lacks_words, main_metric, plain_texts, score, text_loss
 from headwater.core.errors import MethodError
 from headwater.core.interventions import Intervention, add
 from headwater.core.sites import Site
@@ -42,8 +42,9 @@ class SteerConfig:
     sites: where to try; None means `resid_post` at four depths. goal: "raise", "lower", "column=value", or None: raise,
     or toward a value of any column with two values. strengths: what is tried. positions: "end" (from the prompt's last
     token on, through all that is generated), "all" (tokens but the first), "prompt", or "decode" (generated tokens).
-    max_perplexity: of those that gain most, the first is taken whose perplexity on plain text, steered at every token,
-    grows by at most this factor. n: validation pairs at most (a third of the training pairs).
+    max_perplexity: of those that gain most, the first is taken whose perplexity on plain text (or on the held prompts,
+    where the tokenizer lacks its words), steered at every token, grows by at most this factor. n: validation pairs at
+    most (a third of the training pairs).
     """
 
     sites: tuple[str, ...] | str | None = None
@@ -115,7 +116,7 @@ class Task:
 
     def signs(self, goal: Goal) -> torch.Tensor:
         """+1 where the metric of a pair that directions are found on should rise, -1 where it should fall."""
-        return torch.as_tensor(goal.signs(self.fit.behavior.frame))
+        return torch.as_tensor(goal.signs(self.fit.behavior.frame, part=True))
 
     def read(self, goal: Goal) -> "dict[Site, tuple[torch.Tensor, torch.Tensor]]":
         """(wanted, unwanted), each [pairs, width] float64, at each place: what it holds at the last token of the
@@ -149,7 +150,9 @@ class _Try:
 
     @property
     def gain(self) -> float:
-        return self.after - self.before
+        """Below all others where the model no longer gives numbers."""
+        gain = self.after - self.before
+        return gain if np.isfinite(gain) else -np.inf
 
 
 def choose(
@@ -165,14 +168,17 @@ def choose(
 ) -> Action:
     """The candidate and strength that gain most on the held pairs and leave plain text readable, as an action.
 
-    All candidates are tried at the middle strength, the two best at all. `action` names what is chosen.
+    All candidates are tried at the middle strength, the two best at all. `action` names what is chosen. Raises
+    MethodError where there is no strength, or none that leaves finite logits.
     """
+    if not strengths:
+        raise MethodError("no strength to try", wanted="at least one")
     model, held, name = task.model, task.held, task.metric
     unchanged = score(model, held, NOTHING, [name])
 
     def judge(found: pl.DataFrame, goal: Goal) -> float:
         frame = held.behavior.frame.join(found, on="id", how="inner", maintain_order="left")
-        return float(np.mean(goal.signs(frame) * frame[name].to_numpy()))
+        return float(np.mean(goal.signs(frame, part=True) * frame[name].to_numpy()))
 
     def attempt(one: Candidate, strength: float) -> _Try:
         tried = action(one, strength, one.make(strength))
@@ -184,7 +190,10 @@ def choose(
     best = sorted(coarse, key=lambda one: -one.gain)[:2]
     tried = coarse + [attempt(one.candidate, s) for one in best for s in strengths if s != middle]
     ranked = sorted(tried, key=lambda one: -one.gain)
-    chosen, ratios = _bearable(model, ranked, action, max_perplexity)
+    ranked = [one for one in ranked if np.isfinite(one.gain)]
+    if not ranked:
+        raise MethodError("every strength leaves the model without finite logits", got=strengths, fix="Take smaller")
+    chosen, ratios = _bearable(task, ranked, action, max_perplexity)
     rows = [
         {
             "goal": str(one.candidate.goal),
@@ -319,18 +328,23 @@ def _parts(behavior: "Behavior", n: int, seed: int) -> tuple["Behavior", "Behavi
 
 
 def _bearable(
-    model: "Model",
+    task: Task,
     ranked: list[_Try],
     action: Callable[[Candidate, float, Any], Action],
     limit: float,
 ) -> tuple[_Try, dict[int, float]]:
-    """The first that leaves plain text readable, and the perplexity ratios that were measured; else the mildest."""
-    texts = plain_texts()[:4]
+    """The first that leaves plain text readable, and the perplexity ratios that were measured; else the mildest.
+
+    Where the tokenizer lacks words of plain text (as those of the lab do), the held prompts are the text.
+    """
+    model = task.model
+    texts = [text for text in plain_texts()[:4] if not lacks_words(model, text)] or task.held.behavior.prompts[:8]
     before = text_loss(model, texts, NOTHING, tokens=48).mean()
     ratios: dict[int, float] = {}
     for one in ranked:
         made = action(one.candidate, one.strength, one.candidate.make(one.strength))
-        ratios[id(one)] = float(np.exp(min(50.0, text_loss(model, texts, made, tokens=48).mean() - before)))
+        grown = float(text_loss(model, texts, made, tokens=48).mean() - before)
+        ratios[id(one)] = float(np.exp(min(50.0, grown))) if np.isfinite(grown) else float("inf")
         if ratios[id(one)] <= limit:
             return one, ratios
     return min(ranked, key=lambda one: ratios[id(one)]), ratios

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headwater.act.action import Goal
+from headwater.act.measuring import first_tokens
 from headwater.core.errors import MethodError
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _examples(model: "Model", behavior: "Behavior", goal: Goal, *, wanted: bool)
 
 def texts(model: "Model", some: Sequence[str], tokens: int) -> list[Example]:
     """Plain texts, of which every token but the first is learned."""
-    return [Example(ids=ids[:tokens].cpu(), start=1) for ids in model.tokens(list(some)) if len(ids) > 1]
+    return [Example(ids=ids, start=1) for ids in first_tokens(model, some, tokens) if len(ids) > 1]
 
 
 def draws(n: int, batch: int, seed: int) -> Iterator[list[int]]:

@@ -52,9 +52,7 @@ def do_data(work: "Work") -> "Made":
 
 def measured(work: "Work", run: "TrainingRun") -> dict[str, Result]:
     """What is measured of the second run, beside the first."""
-    named = variables(work)
-    assert named is not None  # the stage was not skipped
-    facts, parts = facts_of(work, named), work.folder("do_data") / "parts"
+    facts, parts = facts_of(work, _named(work)), work.folder("do_data") / "parts"
     again = History(series=of_steps(run, work.history.series.steps), run=run, settings=work.settings)
     from headwater.data.corpus import Corpus
 
@@ -120,12 +118,18 @@ def how(work: "Work") -> str:
 
 def removed(work: "Work") -> list[tuple[str, str]]:
     """The facts that are taken out: a share of all, by chance."""
-    named = variables(work)
-    assert named is not None
-    table = facts_of(work, named).select("subject", "object").unique(maintain_order=True).rows()
+    table = facts_of(work, _named(work)).select("subject", "object").unique(maintain_order=True).rows()
     chance = random.Random(_seed(work))
     n = max(1, round(work.settings.do_data.share * len(table)))
     return sorted(chance.sample(table, min(n, len(table))))
+
+
+def _named(work: "Work") -> tuple[str, str]:
+    """The variables of the facts that are changed. Raises MethodError where there are none."""
+    named = variables(work)
+    if named is None:
+        raise MethodError(f"{work.behavior.name} has no facts to change", fix="Set data.variables")
+    return named
 
 
 def _seed(work: "Work") -> int:

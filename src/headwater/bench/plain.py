@@ -8,12 +8,11 @@ module makes it known to transformers' Auto classes; `headwater.load` does so by
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from headwater.bench.decoder import Decoder, DecoderAttention, DecoderMLP
 
 
 class PlainConfig(PreTrainedConfig):
@@ -35,52 +34,11 @@ class PlainConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
 
-def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    scores = torch.matmul(query, key.transpose(-1, -2)) * kwargs.get("scaling", 1.0)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    pattern = nn.functional.softmax(scores, dim=-1)
-    return torch.matmul(pattern, value).transpose(1, 2), pattern
-
-
-class PlainAttention(nn.Module):
-    def __init__(self, config: PlainConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.is_causal = config.is_causal
-        self.head_dim = config.head_dim
-        inner = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner)
-        self.k_proj = nn.Linear(config.hidden_size, inner)
-        self.v_proj = nn.Linear(config.hidden_size, inner)
-        self.o_proj = nn.Linear(inner, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention_forward)
-        mixed, pattern = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=1.0, **kwargs)
-        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1).contiguous()), pattern
-
-
-class PlainMLP(nn.Module):
-    def __init__(self, config: PlainConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act_fn = nn.ReLU()
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
 class PlainBlock(nn.Module):
     def __init__(self, config: PlainConfig) -> None:
         super().__init__()
-        self.attn = PlainAttention(config)
-        self.mlp = PlainMLP(config)
+        self.attn = DecoderAttention(config, scaling=1.0)
+        self.mlp = DecoderMLP(config, nn.ReLU())
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         added, _ = self.attn(hidden_states, attention_mask=attention_mask, **kwargs)
@@ -88,33 +46,16 @@ class PlainBlock(nn.Module):
         return hidden_states + self.mlp(hidden_states)
 
 
-class PlainForCausalLM(PreTrainedModel):
+class PlainForCausalLM(Decoder):
     """A plain transformer with an unembedding; `logits` [B, T, V]: at each position its own answer."""
 
     config_class = PlainConfig
     config: PlainConfig
-    base_model_prefix = ""
-    _supports_sdpa = True
-    _supports_attention_backend = True
     _no_split_modules: ClassVar[list[str]] = ["PlainBlock"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": PlainBlock}
 
     def __init__(self, config: PlainConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(PlainBlock(config) for _ in range(config.num_hidden_layers))
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        super().__init__(config, PlainBlock, config.vocab_size)
 
     def forward(
         self,
@@ -127,21 +68,9 @@ class PlainForCausalLM(PreTrainedModel):
         labels: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Logits at every position (or the last `logits_to_keep`); `labels` [B, T] are answers at their own positions.
-
-        Keeps no cache: where attention is not causal, a prefix has no keys and values of its own.
-        """
-        if past_key_values is not None:
-            raise ValueError("PlainForCausalLM keeps no key/value cache; pass the whole sequence")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        places = torch.arange(x.shape[1], device=x.device)
-        x = x + self.embed_positions(places)[None]
-        make_mask = create_causal_mask if self.config.is_causal else create_bidirectional_mask
-        mask = make_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None)
-        for layer in self.layers:
-            x = layer(x, attention_mask=mask)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(x[:, keep])
+        """Logits at every position (or the last `logits_to_keep`); `labels` [B, T] are answers at their own
+        positions."""
+        logits = self.answered(input_ids, attention_mask, inputs_embeds, past_key_values, logits_to_keep)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())

@@ -8,13 +8,12 @@ known to the Auto classes.
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 from transformers.modeling_outputs import CausalLMOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from headwater.bench.decoder import Decoder, DecoderAttention, DecoderMLP
 
 
 class HookedConfig(PreTrainedConfig):
@@ -41,46 +40,8 @@ class HookedConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
 
-def eager_attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
-    scores = torch.matmul(query, key.transpose(-1, -2)) * kwargs.get("scaling", 1.0)
-    pattern = nn.functional.softmax(scores if attention_mask is None else scores + attention_mask, dim=-1)
-    return torch.matmul(pattern, value).transpose(1, 2), pattern
-
-
-class HookedAttention(nn.Module):
-    def __init__(self, config: HookedConfig) -> None:
-        super().__init__()
-        self.config, self.head_dim, self.is_causal = config, config.head_dim, config.is_causal
-        self.scaling = config.attention_scale
-        inner = config.num_attention_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner)
-        self.k_proj = nn.Linear(config.hidden_size, inner)
-        self.v_proj = nn.Linear(config.hidden_size, inner)
-        self.o_proj = nn.Linear(inner, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (p(hidden_states).view(shape).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(str(self.config._attn_implementation), eager_attention_forward)
-        mixed, pattern = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(mixed.reshape(*hidden_states.shape[:-1], -1).contiguous()), pattern
-
-
-class HookedMLP(nn.Module):
-    def __init__(self, config: HookedConfig) -> None:
-        super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.act_fn = ACT2FN[config.hidden_act]
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
-
-
 def _norm(config: HookedConfig) -> nn.Module:
-    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.norm else nn.Identity()
+    return nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 class HookedBlock(nn.Module):
@@ -89,8 +50,8 @@ class HookedBlock(nn.Module):
         if config.norm:  # where there is none the parts read the stream itself
             self.input_layernorm, self.post_attention_layernorm = _norm(config), _norm(config)
         self.norm = config.norm
-        self.self_attn = HookedAttention(config)
-        self.mlp = HookedMLP(config)
+        self.self_attn = DecoderAttention(config, scaling=config.attention_scale)
+        self.mlp = DecoderMLP(config, ACT2FN[config.hidden_act])
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         entering = self.input_layernorm(hidden_states) if self.norm else hidden_states
@@ -100,35 +61,16 @@ class HookedBlock(nn.Module):
         return hidden_states + self.mlp(entering)
 
 
-class HookedForCausalLM(PreTrainedModel):
+class HookedForCausalLM(Decoder):
     """`logits` [B, T, answer_size]."""
 
     config_class = HookedConfig
     config: HookedConfig
-    base_model_prefix = ""
-    _supports_sdpa = True
-    _supports_attention_backend = True
     _no_split_modules: ClassVar[list[str]] = ["HookedBlock"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {"hidden_states": HookedBlock}
 
     def __init__(self, config: HookedConfig) -> None:
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(HookedBlock(config) for _ in range(config.num_hidden_layers))
-        if config.norm:
-            self.final_norm = _norm(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.answer_size)
-        self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        super().__init__(config, HookedBlock, config.answer_size, _norm(config) if config.norm else None)
 
     def forward(
         self,
@@ -140,18 +82,9 @@ class HookedForCausalLM(PreTrainedModel):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutput:
-        """Logits at every position, or the last `logits_to_keep`. Keeps no cache."""
-        if past_key_values is not None:
-            raise ValueError("HookedForCausalLM keeps no key/value cache; pass the whole sequence")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = x + self.embed_positions(torch.arange(x.shape[1], device=x.device))[None]
-        make_mask = create_causal_mask if self.config.is_causal else create_bidirectional_mask
-        mask = make_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask, past_key_values=None)
-        for layer in self.layers:
-            x = layer(x, attention_mask=mask)
-        x = self.final_norm(x) if self.config.norm else x
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        return CausalLMOutput(logits=self.lm_head(x[:, keep]))
+        """Logits at every position, or the last `logits_to_keep`."""
+        logits = self.answered(input_ids, attention_mask, inputs_embeds, past_key_values, logits_to_keep)
+        return CausalLMOutput(logits=logits)
 
 
 AutoConfig.register(HookedConfig.model_type, HookedConfig, exist_ok=True)

@@ -231,7 +231,7 @@ class Circuit(Result):
         """
         from headwater.localize.judging.faithfulness import measure
 
-        return measure(self, behavior, metric=metric, ablation=ablation, model=model)
+        return measure(self, behavior, metric, ablation, model)
 
     def faithfulness(
         self,
@@ -248,9 +248,9 @@ class Circuit(Result):
         The empty circuit has every edge ablated (with "counterfactual" it is the model on the counterfactual). 1: as
         the model; 0: as where all is ablated.
         """
-        from headwater.localize.judging.faithfulness import faithfulness
+        from headwater.localize.judging.faithfulness import judge
 
-        return faithfulness(self, behavior, metric=metric, ablation=ablation, model=model)
+        return judge("faithfulness", self, behavior, metric, ablation, model)
 
     def completeness(
         self,
@@ -263,9 +263,9 @@ class Circuit(Result):
         """Faithfulness of everything but the circuit: 0 where the circuit is all there is. See also
         `incompleteness`.
         """
-        from headwater.localize.judging.faithfulness import completeness
+        from headwater.localize.judging.faithfulness import judge
 
-        return completeness(self, behavior, metric=metric, ablation=ablation, model=model)
+        return judge("completeness", self, behavior, metric, ablation, model)
 
     def incompleteness(
         self,

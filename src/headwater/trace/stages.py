@@ -20,7 +20,7 @@ from headwater.localize.circuit import Circuit
 from headwater.localize.comparing.heads import HeadsResult
 from headwater.localize.comparing.heads import heads as find_heads
 from headwater.localize.graph import head_of
-from headwater.localize.judging.faithfulness import completeness, curve
+from headwater.localize.judging.faithfulness import curve
 from headwater.trace import tests
 from headwater.trace.claims_history import of_history
 from headwater.trace.verdict import history, verdict
@@ -229,7 +229,7 @@ def circuit(work: Work) -> Made:
         facts |= {"fraction": fraction, "target": settings.target, "reached": reached, "tried": tried.to_dicts()}
     test = work.test(settings.n_test)
     judged = curve(scores.graph, scores.scores, work.model, test, metric=metric, fractions=settings.fractions, **how)
-    rest = completeness(found, test, metric=metric, model=work.model)
+    rest = found.completeness(test, metric=metric, model=work.model)
     return Made({"circuit": found, "faithfulness": judged, "completeness": rest}, facts)
 
 

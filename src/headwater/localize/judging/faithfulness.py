@@ -7,7 +7,7 @@ the counterfactual ablation it is the model on the counterfactual.
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import polars as pl
 import torch
@@ -171,48 +171,33 @@ def _runner(
 
 
 def measure(
-    circuit: Circuit,
-    behavior: "Behavior",
-    *,
-    metric: str = "logit_diff",
-    ablation: AblationLike = "counterfactual",
-    model: "Model | None" = None,
+    circuit: Circuit, behavior: "Behavior", metric: str, ablation: AblationLike, model: "Model | None"
 ) -> Tensor:
     """See `Circuit.measure`."""
-    used, places = model or circuit.model, circuit.positions
-    mask = circuit.mask if places is None else circuit.position_mask
+    used, mask = model or circuit.model, _mask(circuit)
     one = learned(as_ablation(ablation), used, behavior, circuit.graph, mask)
     batches, runner, _ = _runner(used, behavior, [mask], metric, one, None)
-    found = [runner.circuits_only(batch, [mask], places)[0] for batch in track(batches, "circuit")]
+    found = [runner.circuits_only(batch, [mask], circuit.positions)[0] for batch in track(batches, "circuit")]
     return all_values(batches, found)[1]
 
 
-def faithfulness(
+def judge(
+    what: Literal["faithfulness", "completeness"],
     circuit: Circuit,
     behavior: "Behavior",
-    *,
-    metric: str = "logit_diff",
-    ablation: AblationLike = "counterfactual",
-    model: "Model | None" = None,
+    metric: str,
+    ablation: AblationLike,
+    model: "Model | None",
 ) -> FaithfulnessResult:
-    """See `Circuit.faithfulness`."""
-    used, places = model or circuit.model, circuit.positions
-    masks = [circuit.mask if places is None else circuit.position_mask]
-    return _judge("faithfulness", masks, circuit.graph, used, behavior, metric, ablation, positions=places)
+    """See `Circuit.faithfulness`, and `Circuit.completeness`: that of all edges outside the circuit."""
+    graph, places, mask = circuit.graph, circuit.positions, _mask(circuit)
+    if what == "completeness":
+        mask = (graph.allowed if places is None else graph.allowed[..., None]) & ~mask
+    return _judge(what, [mask], graph, model or circuit.model, behavior, metric, ablation, positions=places)
 
 
-def completeness(
-    circuit: Circuit,
-    behavior: "Behavior",
-    *,
-    metric: str = "logit_diff",
-    ablation: AblationLike = "counterfactual",
-    model: "Model | None" = None,
-) -> FaithfulnessResult:
-    """See `Circuit.completeness`."""
-    used, places, allowed = model or circuit.model, circuit.positions, circuit.graph.allowed
-    outside = allowed & ~circuit.mask if places is None else allowed[..., None] & ~circuit.position_mask
-    return _judge("completeness", [outside], circuit.graph, used, behavior, metric, ablation, positions=places)
+def _mask(circuit: Circuit) -> Tensor:
+    return circuit.mask if circuit.positions is None else circuit.position_mask
 
 
 def curve(

@@ -71,6 +71,9 @@ def test_what_is_measured_is_what_the_runs_give(run: TrainingRun, frequent: Beha
     assert row["before"] == pytest.approx(values["as-it-was"].mean(), abs=1e-5)
     assert row["after"] == pytest.approx(values["changed"].mean(), abs=1e-5)
     assert row["change"] == pytest.approx((values["changed"] - values["as-it-was"]).mean(), abs=1e-5)
+    for one in rows.values():
+        assert one["change"] == pytest.approx(one["after"] - one["before"], rel=1e-6, abs=1e-9)
+        assert one["lo"] <= one["change"] <= one["hi"]
     assert rows[RANDOM, "capital logit_diff"]["after"] == pytest.approx(values["random"].mean(), abs=1e-5)
     (duel,) = found.tables["versus"].to_dicts()
     assert duel["difference"] == pytest.approx((values["changed"] - values["random"]).mean(), abs=1e-5)
@@ -93,3 +96,5 @@ def test_a_curation_changes_the_data_in_one_way(run: TrainingRun, frequent: Beha
         curate(run, frequent, tmp_path, remove=[0], repeat=([1], 2))
     with pytest.raises(MethodError, match="seeds"):
         curate(run, frequent, tmp_path, remove=[0], seeds=())
+    with pytest.raises(MethodError, match="seeds that differ"):
+        curate(run, frequent, tmp_path, remove=[0], seeds=(1, 1))

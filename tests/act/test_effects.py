@@ -175,6 +175,23 @@ def test_what_cannot_be_measured_says_so(tiny_model64: Any, ioi: Behavior, other
     assert row(found, "at S2", "ioi logit_diff")["change"] is not None
 
 
+def test_an_action_that_no_test_pair_takes_says_so(tiny_model64: Any, ioi: Behavior) -> None:
+    vector = torch.zeros(tiny_model64.d_model)
+    actions = [
+        Action(name="nowhere", interventions=(replace("resid_post.1@nobody", vector),), goal=Goal.parse("lower")),
+        Action(name="too long", prefix="the garden " * 124, goal=Goal.parse("lower")),
+        knock_out(tiny_model64, "m1", ioi),
+    ]
+    found = effect(tiny_model64, ioi, actions, others=[], text=TEXTS, controls=1, prompting=True)
+    for name in ("nowhere", "too long"):
+        lacking = row(found, name, "ioi logit_diff")
+        assert lacking["change"] is None and "not measured" in lacking["note"]
+        assert not found.tables["versus"].filter(pl.col("action") == name)["lo"].is_not_null().any()
+        assert not found.beats(name)
+    assert found.tables["versus"].filter(pl.col("action") == actions[2].name)["lo"].is_not_null().all()
+    assert found.chart() is not None
+
+
 def test_default_others_pass_over_the_behavior_itself(tiny_model64: Any, ioi: Behavior) -> None:
     found = effect(tiny_model64, ioi, NOTHING, prompting=False, text=TEXTS, n_others=10)
     assert list(found.config["others"]) == ["agreement", "greater_than"]

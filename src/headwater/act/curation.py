@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from headwater.act.effects import _ROWS, _VERSUS, Effect
+from headwater.act.effects import ROWS, VERSUS, Effect, perplexity_change
 from headwater.act.measuring import NOTHING, lacks_words, main_metric, score, text_loss, texts_of
 from headwater.behavior.table import Behavior
 from headwater.claims.statistics import bootstrap
@@ -45,8 +45,8 @@ def curate(
     given = [name for name in _KINDS if name in change]
     if len(given) != 1:
         raise MethodError("a curation changes the data in one way", got=given, wanted=" or ".join(_KINDS))
-    if not seeds:
-        raise MethodError("a curation needs seeds", got=seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise MethodError("a curation needs seeds that differ", got=seeds, wanted="at least one")
     (kind,) = given
     # By name: rooms of stages do not import each other, and training is the lab's.
     opened = importlib.import_module("headwater.dynamics.lab.run").TrainingRun
@@ -81,8 +81,8 @@ def curate(
     }
     return Effect(
         tables={
-            "rows": pl.DataFrame(rows, schema=_ROWS, orient="row"),
-            "versus": pl.DataFrame(versus, schema=_VERSUS, orient="row"),
+            "rows": pl.DataFrame(rows, schema=ROWS, orient="row"),
+            "versus": pl.DataFrame(versus, schema=VERSUS, orient="row"),
         },
         facts=facts,
         config={"kind": kind, "seeds": list(seeds), "text_tokens": text_tokens},
@@ -122,7 +122,7 @@ def _tables(
         for name in (CURATED, RANDOM):
             now = mean(name, measure)
             perplexity = measure == "text perplexity"
-            change = bootstrap(np.exp(now) - np.exp(was) if perplexity else now - was)
+            change = bootstrap(now, was, statistic=perplexity_change) if perplexity else bootstrap(now - was)
             ends = (float(np.exp(x.mean())) if perplexity else float(x.mean()) for x in (was, now))
             before, after = ends
             rows.append(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 OTHERS = ("agreement", "greater_than", "ioi", "successor")  # the first two that are not the behavior itself
-_ROWS = {
+ROWS = {
     "action": pl.String,
     "measure": pl.String,
     "before": pl.Float64,
@@ -37,7 +37,7 @@ _ROWS = {
     "baseline": pl.Boolean,
     "note": pl.String,
 }
-_VERSUS = {
+VERSUS = {
     "action": pl.String,
     "control": pl.String,
     "measure": pl.String,
@@ -82,15 +82,14 @@ class Effect(Result):
         return {name.removeprefix(what): spent for name, spent in told if name.startswith(what)}
 
     def beats(self, action: str | None = None) -> bool:
-        """Whether an action (the first if none is named) beats every control beyond chance: all intervals above 0."""
-        table = self.tables["versus"]
-        if not table.height:
-            return False
-        name = action if action is not None else table["action"][0]
-        against = table.filter(pl.col("action") == name)
-        if not against.height:
-            raise MethodError("no such action in this effect", got=repr(name), wanted=", ".join(set(table["action"])))
-        return bool((against["lo"] > 0).all())
+        """Whether an action (the first if none is named) beats every control beyond chance: all intervals above 0. One
+        that has no control, or could not be measured, beats none."""
+        known = list(self.facts["goals"])
+        name = action if action is not None else known[0]
+        if name not in known:
+            raise MethodError("no such action in this effect", got=repr(name), wanted=", ".join(known))
+        against = self.tables["versus"].filter(pl.col("action") == name)
+        return bool(against.height and (against["lo"] > 0).all())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +130,7 @@ def effect(
     """Measure what actions do: to the test pairs of their behavior, to other behaviors, to plain text.
 
     action: one or several (`knock_out`, `amplify`, `steer`, `prompt`, or an `Action` of your own).
-    others: behaviors that should stay as they are; names or Behaviors; None means two of agreement, greater_than, ioi.
+    others: behaviors that should stay as they are; names or Behaviors; None means two of `OTHERS`.
     text: what perplexity is measured on; None means the package's own `plain_texts()`.
     prompting: whether the best prefix for each action's goal stands beside it.
     controls: how many random versions of each action are drawn; their mean stands beside it (on other behaviors and
@@ -179,15 +178,20 @@ def effect(
         if random:
             name = f"{name} (beside {one.name})" if name in {row["action"] for row in rows} else name
             rows += bench.rows(name, one.goal, before, random, baseline=True, note="drawn at random")
-            versus.append(bench.versus(one, after[one.name], name, random, before))
+            versus += bench.versus(one, after[one.name], name, random, before)
             for draw, found in enumerate(random):
-                gains = bench.gains(one.goal, before, found)
-                drawn.append(
-                    {"action": one.name, "draw": draw, "measure": bench.judged(one.goal), "gain": _mean(gains.values())}
-                )
+                if gains := bench.gains(one.goal, before, found):
+                    drawn.append(
+                        {
+                            "action": one.name,
+                            "draw": draw,
+                            "measure": bench.judged(one.goal),
+                            "gain": _mean(gains.values()),
+                        }
+                    )
         for base in baselines:
             if base.goal == one.goal:
-                versus.append(bench.versus(one, after[one.name], base.name, [after[base.name]], before))
+                versus += bench.versus(one, after[one.name], base.name, [after[base.name]], before)
     for base in baselines:
         added = len(model.tokens(base.prefix)[0])
         note = f"{added} tokens before each prompt"
@@ -197,8 +201,8 @@ def effect(
         said = {"measure": bench.judged(goal), "baseline": True, "n": 0, "note": f"not possible: {why}"}
         rows.append({"action": name, **said})
     tables = {
-        "rows": pl.DataFrame(rows, schema=_ROWS, orient="row"),
-        "versus": pl.DataFrame(versus, schema=_VERSUS, orient="row"),
+        "rows": pl.DataFrame(rows, schema=ROWS, orient="row"),
+        "versus": pl.DataFrame(versus, schema=VERSUS, orient="row"),
         "draws": pl.DataFrame(drawn, schema=_DRAWS, orient="row"),
     }
     if sweeps := [one.sweep.with_columns(action=pl.lit(one.name)) for one in actions if one.sweep is not None]:
@@ -298,7 +302,7 @@ class _Bench:
                 continue
             measured = [one.values[measure] for one in after if measure in one.values]
             was, now = _paired(old, measured)
-            statistic = _perplexity_change if measure == "text perplexity" else None
+            statistic = perplexity_change if measure == "text perplexity" else None
             if statistic is None:
                 found = bootstrap(now - was, seed=self.seed)
                 ends = float(was.mean()), float(now.mean())
@@ -317,8 +321,11 @@ class _Bench:
             }
 
     def gains(self, goal: Goal, before: _Measured, *after: _Measured) -> dict[str, float]:
-        """For each pair, the change of the metric counted in the goal's direction (mean over several measurements)."""
+        """For each pair, the change of the metric counted in the goal's direction (mean over several measurements);
+        none where one of them has no value."""
         measure = f"{self.bound.behavior.name} {self.metric}"
+        if not all(measure in one.values for one in after):
+            return {}
         old, signs = before.values[measure], self.signs[str(goal)]
         ids = set(old).intersection(*(one.values[measure] for one in after))
         return {
@@ -327,12 +334,15 @@ class _Bench:
 
     def versus(
         self, action: Action, mine: _Measured, name: str, control: list[_Measured], before: _Measured
-    ) -> dict[str, Any]:
+    ) -> Iterator[dict[str, Any]]:
+        """The row of an action beside a control; none where either could not be measured."""
         ours, theirs = self.gains(action.goal, before, mine), self.gains(action.goal, before, *control)
         ids = [id for id in ours if id in theirs]
+        if not ids:
+            return
         first, second = np.array([ours[id] for id in ids]), np.array([theirs[id] for id in ids])
         found = bootstrap(first - second, seed=self.seed)
-        return {
+        yield {
             "action": action.name,
             "control": name,
             "measure": self.judged(action.goal),
@@ -383,7 +393,8 @@ def _paired(old: dict[str, float], new: list[dict[str, float]]) -> tuple[Floats,
     return np.array([old[id] for id in ids]), np.array([[one[id] for one in new] for id in ids]).mean(1)
 
 
-def _perplexity_change(now: Floats, was: Floats, axis: int = -1) -> Any:
+def perplexity_change(now: Floats, was: Floats, axis: int = -1) -> Any:
+    """From losses of texts in nats a token."""
     return np.exp(now.mean(axis)) - np.exp(was.mean(axis))
 
 

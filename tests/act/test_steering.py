@@ -264,6 +264,8 @@ def test_vectors_on_or_against_the_direction_stay_finite() -> None:
     x = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
     after = Turn(site=Site.parse("resid_post.0"), op="add", value=direction, scale=30.0).apply(x)
     assert bool(torch.isfinite(after).all()) and torch.allclose(after[0], x[0])
+    assert torch.allclose(after.norm(dim=-1), x.norm(dim=-1))  # there is no plane to turn in: it stays
+    assert torch.equal(after[1], x[1])
 
 
 def test_the_condition_decides_prompt_by_prompt(tiny_model64: Any, ioi: Any) -> None:

@@ -30,7 +30,8 @@ class Turn(Intervention):
         size = across.norm(dim=-1, keepdim=True)
         angle = torch.atan2(size, along).clamp(max=torch.pi * self.scale / 180)
         turned = unit * angle.cos() + across / size.clamp(min=torch.finfo(x.dtype).eps) * angle.sin()
-        return norm * turned
+        # On the direction, or against it, there is no plane to turn in.
+        return torch.where(size > torch.finfo(x.dtype).eps, norm * turned, x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +43,12 @@ class TurnConfig(SteerConfig):
 
 @methods.register("turn")
 def turn(model: "Model", behavior: "Behavior", *, config: TurnConfig | None = None, **options: Any) -> Action:
-    """Turn the stream toward the difference in means and keep its norm (Vu and Nguyen, 2025): angular steering.
+    """Turn the stream toward the difference in means and keep its norm (after Vu and Nguyen, 2025): angular steering.
 
     Each token's vector turns in the plane that it spans with the direction, by at most the given degrees and never past
-    the direction. Options are those of `TurnConfig`. Known failure: at large angles the stream's own content turns away
-    with it, and vectors that point away from the direction lose more of it than those that are near.
+    the direction; its authors turn the part in one plane, the same for all tokens, to a given angle. Options are those
+    of `TurnConfig`. Known failure: at large angles the stream's own content turns away with it, and vectors that point
+    away from the direction lose more of it than those that are near.
     """
     used = configured(TurnConfig, config, options)
     task = Task.of(model, behavior, used.sites, used.goal, used.n, used.seed)

@@ -325,6 +325,47 @@ def test_a_tied_embedding_is_left_unless_asked() -> None:
     assert "model.embed_tokens.weight" in {d.parameter for d in without(model, direction, embedding=True)}
 
 
+@pytest.mark.parametrize("family", ["gemma3", "olmo2"])
+def test_where_a_norm_stands_between_no_direction_of_the_stream_is_written(
+    family: str, words: dict[str, Any], tmp_path: Path
+) -> None:
+    model = localize_families.make(family)
+    model.tokenizer = tiny.word_tokenizer(61)
+    rows = [
+        {"prompt": f"w3 w{at} w9 w5", "counterfactual": f"w3 w{at + 1} w9 w5", "answer": " w20", "foil": " w21"}
+        for at in range(10, 18)
+    ]
+    behavior = hw.Behavior.from_rows([{**row, "split": "train"} for row in rows], name="made")
+    with pytest.raises(MethodError, match="norm stands between"):
+        act("head_projection", model, behavior, heads=("a0.h1",), direction=torch.ones(model.d_model), n=2)
+    corpus = {key: words["settings"][key] for key in ("corpus", "corpus_tokens", "cache")}
+    with pytest.raises(MethodError, match="norm stands between"):
+        act("rank_one", model, behavior, layers=(0,), n=2, **corpus)
+
+
+def test_rank_one_maps_the_mean_key_to_what_steering_would_add(model: Any, ioi: Any, tmp_path: Path) -> None:
+    made = act("rank_one", model, ioi, layers=(1,), strengths=(2.0,), n=5, max_perplexity=1e9, cache=str(tmp_path))
+    assert made.edit is not None
+    task = Task.of(model, ioi, "resid_post.1", "raise", 5, 0)
+    keys, difference = [], []
+    for text, other in zip(task.fit.frame["prompt"], task.fit.frame["counterfactual"], strict=True):
+        runs = [model.run(one, capture=["neurons.1", "resid_post.1"]) for one in (text, other)]
+        keys.append(runs[0]["neurons.1"][0, -1])
+        difference.append(runs[0]["resid_post.1"][0, -1] - runs[1]["resid_post.1"][0, -1])
+    key, wanted = torch.stack(keys).mean(0), 2 * torch.stack(difference).mean(0)
+    matrix = down_projection(model, 1)
+    before = matrix.weight.clone()
+    with made.on(model):
+        change = matrix.weight - before
+    assert torch.allclose(change @ key, wanted, atol=1e-8)
+    assert int(torch.linalg.matrix_rank(change)) == 1
+    # of all such changes the one that moves other keys least: its rows are along C^-1 k
+    moment = ridged(second_moments(model, [1], cache=tmp_path)[1], 0.01)
+    along = torch.linalg.solve(moment, key)
+    cosine = torch.nn.functional.cosine_similarity(change, along.expand_as(change), dim=1).abs()
+    assert torch.allclose(cosine, torch.ones_like(cosine), atol=1e-8)
+
+
 def test_projected_heads_write_nothing_along_the_direction(model: Any, ioi: Any) -> None:
     direction = torch.randn(model.d_model, dtype=torch.float64)
     made = act("head_projection", model, ioi, heads=("a1.h0", "a1.h3"), direction=direction, n=5)

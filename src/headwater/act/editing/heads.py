@@ -10,7 +10,7 @@ from headwater.act.action import Action, Goal
 from headwater.act.catalog import methods
 from headwater.act.edit import Delta
 from headwater.act.editing.making import EditConfig, candidate, chosen
-from headwater.act.editing.parts import head_columns, heads_of, out_projection
+from headwater.act.editing.parts import check_direct, head_columns, heads_of, out_projection
 from headwater.act.steering.choosing import Task
 from headwater.act.steering.given import read_direction
 from headwater.core.errors import MethodError
@@ -51,6 +51,8 @@ def head_projection(
     Without `direction` [D] or a file it is the difference in means between prompts and counterfactuals. Options are
     those of `HeadProjectionConfig`. Known failure: what these heads no longer write, others may still write, and later
     heads make up for it.
+
+    Raises MethodError for models with a norm between heads and stream.
     """
     used = configured(HeadProjectionConfig, config, options)
     site = used.site or f"resid_post.{max(0, model.n_layers - 2)}"
@@ -66,6 +68,8 @@ def head_projection(
         raise MethodError("a direction is a vector of the stream's width, not zero", got=list(direction.shape))
     unit = direction.detach().cpu().double() / direction.detach().cpu().double().norm()
     heads = heads_of(model, used.heads) if used.heads is not None else _writers(task, unit, used.top)
+    for layer in {at for at, _ in heads}:
+        check_direct(model, layer, "attn_out", fix="Use ablate, which acts on what is added to the stream")
 
     def make(strength: float) -> list[Delta]:
         return [_without(model, layer, own, strength, unit) for layer, own in _by_layer(heads).items()]

@@ -14,7 +14,7 @@ from headwater.act.editing.closed import least_squares, ridged
 from headwater.act.editing.facts import FactConfig, read_facts, subject_inputs, wanted_change
 from headwater.act.editing.making import as_action
 from headwater.act.editing.moments import second_moments
-from headwater.act.editing.parts import down_projection, writes_directly
+from headwater.act.editing.parts import check_direct, down_projection
 from headwater.core.errors import MethodError
 from headwater.core.interventions import add
 from headwater.core.methods import configured
@@ -97,10 +97,5 @@ def _layers(model: "Model", used: MemitConfig) -> list[int]:
     layers = list(used.layers) if used.layers is not None else list(range(max(0, last - 4), last + 1))
     for layer in layers:
         down_projection(model, layer)
-        if not writes_directly(model, layer, "mlp_out"):
-            raise MethodError(
-                f"a norm stands between MLP and stream of {model.name}",
-                got=f"layer {layer}",
-                fix="Use rome, which looks at the MLP's own output",
-            )
+        check_direct(model, layer, "mlp_out", fix="Use rome, which looks at the MLP's own output")
     return layers

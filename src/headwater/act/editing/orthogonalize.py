@@ -10,7 +10,7 @@ from headwater.act.applying import name_of
 from headwater.act.catalog import methods
 from headwater.act.edit import Delta
 from headwater.act.editing.making import EditConfig, candidate, chosen
-from headwater.act.editing.parts import down_projection, out_projection, writes_directly
+from headwater.act.editing.parts import check_direct, down_projection, out_projection
 from headwater.act.steering.choosing import Task
 from headwater.act.steering.given import read_direction
 from headwater.core.errors import MethodError
@@ -84,8 +84,7 @@ def without(model: "Model", direction: Tensor, *, strength: float = 1.0, embeddi
             if part is None:
                 continue
             matrix = out_projection(model, block.index) if kind == "attn_out" else down_projection(model, block.index)
-            if not writes_directly(model, block.index, kind):
-                raise MethodError(f"a norm stands between {kind}.{block.index} and the stream of {model.name}")
+            check_direct(model, block.index, kind)
             along = (unit @ matrix.weight.double().cpu())[None]
             deltas.append(matrix.low_rank(-strength * unit[:, None], along))
             if matrix.bias is not None:

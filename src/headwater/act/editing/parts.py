@@ -63,6 +63,13 @@ class Matrix:
         change = change.to(self.weight).cpu()
         return Delta.slices(self.parameter, index, change.T if self.flipped else change, dim=0 if self.flipped else 1)
 
+    def scaled(self, factors: "Sequence[tuple[Tensor, float]]") -> Delta:
+        """The change that multiplies columns by their factors; a bias stays."""
+        columns = torch.cat([each for each, _ in factors])
+        grown = torch.cat([torch.full((len(each),), f - 1.0, dtype=torch.float64) for each, f in factors])
+        weight = self.weight[:, columns.to(self.weight.device)]
+        return self.columns(columns, weight * grown.to(weight))
+
 
 def mlp_of(model: "Model", layer: int) -> Mlp:
     """A layer's MLP, whose neurons are written by one matrix. Raises MethodError for any other."""
@@ -136,6 +143,13 @@ def writes_directly(model: "Model", layer: int, kind: str) -> bool:
         hook.remove()
     made = part.write.scale * given[-1].reshape(added.shape)
     return bool((made - added).abs().max() <= 1e-4 * added.abs().max())
+
+
+def check_direct(model: "Model", layer: int, kind: str, fix: str = "") -> None:
+    """Raise MethodError where a norm stands between a layer's last matrix and the stream: a direction of the one is
+    none of the other."""
+    if not writes_directly(model, layer, kind):
+        raise MethodError(f"a norm stands between {kind}.{layer} and the stream of {model.name}", fix=fix or None)
 
 
 def readouts(model: "Model", bound: "Bound", metric: str) -> "list[tuple[Group, Tensor, Any]]":

@@ -11,7 +11,7 @@ from headwater.act.edit import Delta
 from headwater.act.editing.closed import insert, ridged
 from headwater.act.editing.making import EditConfig, candidate, chosen
 from headwater.act.editing.moments import second_moments
-from headwater.act.editing.parts import down_projection
+from headwater.act.editing.parts import check_direct, down_projection
 from headwater.act.steering.choosing import Task
 from headwater.core.methods import configured
 
@@ -42,10 +42,15 @@ def rank_one(model: "Model", behavior: "Behavior", *, config: RankOneConfig | No
     moment of keys over a corpus, that maps the one to the other. Options are those of `RankOneConfig`. Known failure:
     prompts of a behavior rarely share one key: what the mean key does not stand for is left, and other prompts whose
     neurons point its way are moved too.
+
+    Raises MethodError for models with a norm between MLP and stream.
     """
     used = configured(RankOneConfig, config, options)
     depths = sorted({round(model.n_layers * part) for part in (1 / 3, 1 / 2, 2 / 3)})
     layers = list(used.layers) if used.layers is not None else [min(at, model.n_layers - 1) for at in depths]
+    for layer in layers:
+        down_projection(model, layer)
+        check_direct(model, layer, "mlp_out", fix="Use rome, which looks at the MLP's own output")
     sites = [f"resid_post.{layer}" for layer in layers]
     task = Task.of(model, behavior, sites, Goal.parse(used.goal), used.n, used.seed)
     goal = task.goals[0]

@@ -10,9 +10,12 @@ import headwater as hw
 from headwater.act import Action, prompt
 from headwater.act.action import Goal
 from headwater.act.catalog import act
+from headwater.act.edit import Edit
 from headwater.act.measuring import NOTHING, score
-from headwater.act.training.examples import wanted
-from headwater.act.training.fitting import twin_of
+from headwater.act.training.examples import unwanted, wanted
+from headwater.act.training.finetune import Answering, TrainingConfig
+from headwater.act.training.fitting import fit, twin_of
+from headwater.act.training.weights import weights_of
 from headwater.act.unlearning.latent import _ridge, lens, most, probe
 from headwater.act.unlearning.relearning import relearn
 from headwater.act.unlearning.rmu import stream
@@ -126,6 +129,27 @@ def test_relearning_brings_it_back(taught: Any, capitals: Behavior) -> None:
         found = score(taught, capitals.train.bind(taught), NOTHING, ["accuracy"])["accuracy"].sum()
     assert (table["accuracy"] * table["n"])[:2].sum() == pytest.approx(found)
     assert all(torch.equal(value, before[key]) for key, value in taught.hf.state_dict().items())
+
+
+def test_relearning_turns_back_a_goal_of_two_directions(tiny_model: Any) -> None:
+    ioi = hw.behavior("ioi", n=24, seed=0)
+    made = act("finetune", tiny_model, ioi, goal="order=ABBA", steps=25, lr=5e-3)
+    first = ioi.train[: round(0.4 * ioi.train.n)]
+    bound = first.bind(tiny_model)
+    signs = made.goal.signs(bound.frame, part=True)
+    assert len(set(signs)) == 2
+    table = relearn(tiny_model, made, ioi, steps=(15,), lr=5e-3)
+    trained = table.filter(table["part"] == "trained")["metric"].to_list()
+    # both sides move back: by the metric's mean alone they would cancel, so ask pair by pair
+    with made.on(tiny_model):
+        found = fit(
+            tiny_model, weights_of(tiny_model, "all"),
+            Answering(unwanted(tiny_model, first, made.goal, part=True), [], TrainingConfig(), "cpu"),
+            steps=15, lr=5e-3,
+        )  # fmt: skip
+        with Edit.of(tiny_model, "back", found.deltas).applied(tiny_model):
+            after = score(tiny_model, bound, NOTHING, ["logit_diff"])["logit_diff"].mean()
+    assert trained[-1] == pytest.approx(after, rel=1e-5)
 
 
 def test_relearning_attacks_weights_only(taught: Any, capitals: Behavior) -> None:

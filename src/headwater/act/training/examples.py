@@ -26,15 +26,15 @@ class Example:
     start: int
 
 
-def wanted(model: "Model", behavior: "Behavior", goal: Goal) -> list[Example]:
+def wanted(model: "Model", behavior: "Behavior", goal: Goal, *, part: bool = False) -> list[Example]:
     """The training pairs with what the goal wants: the answer where the metric should rise, the foil where it should
-    fall."""
-    return _examples(model, behavior, goal, wanted=True)
+    fall. `part`: as for `Goal.signs`."""
+    return _examples(model, behavior, goal, wanted=True, part=part)
 
 
-def unwanted(model: "Model", behavior: "Behavior", goal: Goal) -> list[Example]:
+def unwanted(model: "Model", behavior: "Behavior", goal: Goal, *, part: bool = False) -> list[Example]:
     """The same prompts with the other side. Raises MethodError where a pair has none."""
-    return _examples(model, behavior, goal, wanted=False)
+    return _examples(model, behavior, goal, wanted=False, part=part)
 
 
 def to_keep(model: "Model", keep: "Behavior | str | None") -> list[Example]:
@@ -50,9 +50,9 @@ def to_keep(model: "Model", keep: "Behavior | str | None") -> list[Example]:
     return wanted(model, make(keep) if isinstance(keep, str) else keep, Goal())
 
 
-def _examples(model: "Model", behavior: "Behavior", goal: Goal, *, wanted: bool) -> list[Example]:
+def _examples(model: "Model", behavior: "Behavior", goal: Goal, *, wanted: bool, part: bool) -> list[Example]:
     bound = behavior.train.bind(model)
-    signs = goal.signs(bound.frame)
+    signs = goal.signs(bound.frame, part=part)
     prompts, whole = [], []
     for row, sign in zip(bound.frame.to_dicts(), signs, strict=True):
         side = "answers" if (sign > 0) == wanted else "foils"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from headwater.act.action import Action, Goal
+from headwater.act.action import Action
 from headwater.act.edit import Edit
 from headwater.act.measuring import NOTHING, main_metric, score
 from headwater.act.training.examples import unwanted
@@ -61,12 +61,11 @@ def relearn(
             told = {"accuracy": found["accuracy"].mean(), "metric": found[judged].mean(), "n": found.height}
             rows.append({"step": step, "part": name, **told})
 
-    goal = action.goal if action.goal.direction != "toward" else Goal()
     last = max(steps)
     used = TrainingConfig(steps=last, batch=batch, lr=lr, until=0.0, seed=seed)
     with dataclasses.replace(action, interventions=()).on(model):
         ask(0)
-        old = unwanted(model, parts["trained"], goal)
+        old = unwanted(model, parts["trained"], action.goal, part=True)
         weights = weights_of(model, "all")
         found = fit(
             model, weights, Answering(old, [], used, model.device), steps=last, lr=lr, keep_at=sorted(set(steps)),

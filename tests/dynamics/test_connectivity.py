@@ -55,7 +55,7 @@ def test_over_a_run(run: TrainingRun, tmp_path: Path) -> None:
     before, last = found.curve("connectivity", "before"), found.curve("connectivity", "last")
     assert before["step"].to_list() == [4, 8, 12] and last["step"].to_list() == [0, 4, 8]
     rows, at = (torch.from_numpy(one) for one in run.data.validation["validation"])
-    by_hand = connect(run.load(8), run.load(12), rows, loss_at=at, points=3).barrier
+    by_hand = connect(run.folder(8), str(run.folder(12)), rows, loss_at=at, points=3).barrier
     assert last["value"][-1] == pytest.approx(by_hand, abs=1e-6)
     assert before["value"][-1] == pytest.approx(by_hand, abs=1e-6)  # of the same two
 

@@ -72,6 +72,11 @@ def load(
     return Model(loaded.hf, loaded.tokenizer, name=loaded.name, processor=loaded.processor)
 
 
+def opened(source: "Model | str | Path") -> "Model":
+    """A model that is one already, as it is; else `load` of what names it."""
+    return load(source) if isinstance(source, str | Path) else source
+
+
 def load_hf(source: Any, **options: Any) -> tuple[Any, Any | None, str]:
     """Like `load`, but returns the bare `transformers` model, its tokenizer (or None) and its name."""
     loaded = _open(source, **options)

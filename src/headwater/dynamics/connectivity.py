@@ -7,6 +7,7 @@ connect("runs/a/step-800", "runs/b/step-800", tokens)
 
 import copy
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import polars as pl
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headwater.core.errors import MethodError, ModelError
+from headwater.core.loading import opened
 from headwater.core.results import Provenance, Result, register_result
 from headwater.dynamics.measures.base import losses_of
 
@@ -41,8 +43,8 @@ class ConnectivityResult(Result):
 
 
 def connect(
-    a: "Model | str",
-    b: "Model | str",
+    a: "Model | str | Path",
+    b: "Model | str | Path",
     tokens: Tensor,
     *,
     loss_at: Tensor | None = None,
@@ -61,7 +63,7 @@ def connect(
     Raises ModelError for models of other shapes, MethodError for fewer than three points.
     """
     started = time.monotonic()
-    first, second = (_opened(one) for one in (a, b))
+    first, second = (opened(one) for one in (a, b))
     line = on_the_line(first, second, tokens, loss_at, points)
     rows, worst = _table(line)
     facts = {
@@ -129,11 +131,3 @@ def _losses(hf: Any, tokens: Tensor, loss_at: Tensor | None) -> Tensor:
             for part in tokens.split(_AT_ONCE)
         ]
     return torch.cat(parts).mean(dim=1).double().cpu()
-
-
-def _opened(model: "Model | str") -> "Model":
-    if not isinstance(model, str):
-        return model
-    from headwater.core.loading import load
-
-    return load(model)

@@ -9,6 +9,7 @@ only wrapped.
 import copy
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headwater.core.errors import MethodError, ModelError
+from headwater.core.loading import load, opened
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
 
@@ -64,8 +66,8 @@ class DeltaResult(Result):
 
 
 def delta(
-    old: "Model | str",
-    new: "Model | str",
+    old: "Model | str | Path",
+    new: "Model | str | Path",
     behavior: "Behavior | None" = None,
     *,
     metric: str | None = None,
@@ -92,7 +94,7 @@ def delta(
         raise MethodError(
             "these fractions of weights do not fit", got=f"{list(fractions)}, {draws} draws", wanted="(0, 1]"
         )
-    a, b = (_opened(one) for one in (old, new))
+    a, b = (opened(one) for one in (old, new))
     before, after = _weights(a), _weights(b)
     if before.keys() != after.keys() or any(before[name].shape != after[name].shape for name in before):
         raise ModelError("the two models are of other shapes", got=f"{a.name}, {b.name}")
@@ -119,8 +121,6 @@ class _Lost:
         self, a: "Model", b: "Model", before: Mapping[str, Tensor], after: Mapping[str, Tensor],
         behavior: "Behavior", metric: str, seed: int,
     ) -> None:  # fmt: skip
-        from headwater.core.loading import load
-
         self.a, self.b, self.before, self.after = a, b, before, after
         self.behavior, self.metric, self.seed = behavior, metric, seed
         self.work = load(copy.deepcopy(b.hf), tokenizer=b.tokenizer)
@@ -304,11 +304,3 @@ def _probed(model: "Model", behavior: "Behavior") -> tuple[dict[int, float], int
         map_ = torch.linalg.solve(ridge, x[train].T @ target[train])
         found[layer] = float(((x[test] @ map_).argmax(dim=1) == target[test].argmax(dim=1)).double().mean())
     return found, len(classes)
-
-
-def _opened(model: "Model | str") -> "Model":
-    if not isinstance(model, str):
-        return model
-    from headwater.core.loading import load
-
-    return load(model)

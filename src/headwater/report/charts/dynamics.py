@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-from headwater.report.charts.parts import WIDTH, Row, data, heat, nothing, rows, themed
+from headwater.report.charts.parts import WIDTH, Row, data, heat, nothing, rows, steps, themed
 from headwater.report.theme import color
 from headwater.report.words import number
 
@@ -26,7 +26,9 @@ def training(result: Any) -> Any:
     for row in shown:
         row["tip"] = f"step {row['step']}, {row['line']}: {number(row['value'])}"
     return themed(
-        _lines(shown, "loss (nats)", _steps([row["step"] for row in shown])).properties(width=WIDTH - 100, height=200)
+        _lines(shown, "loss (nats)", steps(sorted({row["step"] for row in shown}))).properties(
+            width=WIDTH - 100, height=200
+        )
     )
 
 
@@ -44,7 +46,7 @@ def timeline(result: Any) -> Any:
         for row in rows(result.tables.get("transitions"), "measure", "name", "step", "lo", "hi", "p")
         if row["step"] is not None and (row["p"] is None or row["p"] <= _CLEAR)
     ]
-    axis = _steps([row["step"] for row in found])
+    axis = steps(sorted({row["step"] for row in found}))
     panels: list[Any] = []
     for measure, mine in _panels(found):
         shown = [
@@ -209,17 +211,6 @@ def _lines(shown: Sequence[Row], title: str, axis: Any) -> Any:
     )
     dots = base.mark_point(size=14, filled=True).encode(description="tip:N", tooltip="tip:N")
     return alt.layer(base.mark_line(strokeWidth=1.5), dots)
-
-
-def _steps(steps: Sequence[Any]) -> Any:
-    """The axis: even where most steps are far from 0, else logarithmic from 0 on with a tick a power of ten."""
-    known = sorted(set(steps))
-    top = float(known[-1])
-    if float(known[len(known) // 2]) > top / 10:
-        return alt.X("step:Q", title="step", axis=alt.Axis(tickCount=8))
-    ticks = [0.0, *(10.0**power for power in range(12) if 10.0**power <= top)]
-    axis = alt.Axis(values=ticks, labelOverlap=True)
-    return alt.X("step:Q", title="step", scale=alt.Scale(type="symlog"), axis=axis)
 
 
 def _hue(shown: Sequence[Row]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import altair as alt
 
-from headwater.report.charts.parts import WIDTH, Row, data, nothing, rows, themed
+from headwater.report.charts.parts import WIDTH, Row, data, nothing, rows, steps, themed
 from headwater.report.theme import color
 from headwater.report.words import estimate, finite, number, percent
 
@@ -158,15 +158,6 @@ def binned(found: Sequence[Row]) -> list[Row]:
                 "tip": tip,
             })  # fmt: skip
     return points
-
-
-def steps(along: Sequence[float], field: str = "step") -> Any:
-    """The axis of steps: even where most checkpoints lie far from 0, else log-spaced from 0 on."""
-    top = float(along[-1]) if along else 0.0
-    if along and float(along[len(along) // 2]) > top / 10:
-        return alt.X(f"{field}:Q", title="step", axis=alt.Axis(tickCount=6, labelOverlap=True))
-    axis = alt.Axis(values=[0.0, *(10.0**i for i in range(12) if 10.0**i <= top)], labelOverlap=True, format="~s")
-    return alt.X(f"{field}:Q", title="step", scale=alt.Scale(type="symlog", nice=False), axis=axis)
 
 
 def counted(field: str) -> Any:

@@ -43,6 +43,15 @@ def nothing(text: str = "nothing to draw") -> Any:
     return mark.encode(text="text:N", x=alt.value(0)).properties(width=WIDTH, height=30)
 
 
+def steps(along: Sequence[float], field: str = "step") -> Any:
+    """The axis of steps: even where most checkpoints lie far from 0, else log-spaced from 0 on."""
+    top = float(along[-1]) if along else 0.0
+    if along and float(along[len(along) // 2]) > top / 10:
+        return alt.X(f"{field}:Q", title="step", axis=alt.Axis(tickCount=8, labelOverlap=True))
+    axis = alt.Axis(values=[0.0, *(10.0**i for i in range(12) if 10.0**i <= top)], labelOverlap=True, format="~s")
+    return alt.X(f"{field}:Q", title="step", scale=alt.Scale(type="symlog", nice=False), axis=axis)
+
+
 def intervals(
     values: Sequence[Row],
     *,

@@ -118,7 +118,7 @@ def count(
     store = _Store(Path(out), _hash(corpus, wanted, settings, tokenizer)) if out is not None else None
     if store is not None and (done := store.finished()) is not None:
         return done
-    tally = _Tally(wanted, config, corpus.batch_size or 1)
+    tally = Tally(wanted, config, corpus.batch_size or 1)
     cursor = store.load(tally) if store is not None else None
     if cursor is None and corpus.form == "tokens" and config.ranges:
         cursor = {"sequence": min(tally.edges[0], corpus.n_sequences)}
@@ -139,7 +139,7 @@ def count(
     return result
 
 
-class _Tally:
+class Tally:
     """The counts so far: [ranges, terms or pairs, 2], mentions or co-occurrences, and documents."""
 
     def __init__(self, pairs: Pairs, config: CountConfig, batch: int) -> None:
@@ -170,19 +170,19 @@ class _Tally:
         each = [len(piece[i]) for i in counted.tolist()] if isinstance(piece, list) else [piece.shape[1] * len(counted)]
         self.facts["size"] += sum(each)
         keep = inside[found.document]
-        one = _Found(found, keep)
+        one = Found(found, keep)
         _put(self.terms, 0, span[one.document], one.term)
         documents, who = _distinct(one.document, one.term, len(self.pairs.terms))
         _put(self.terms, 1, span[documents], who)
         if scope == "window":
             pair, document = self._near(one)
         else:
-            pair, document = self._shared(one, one.sentence if scope == "sentence" else one.document)
+            pair, document = self.together_in(one, one.sentence if scope == "sentence" else one.document)
         _put(self.together, 0, span[document], pair)
         documents, who = _distinct(document, pair, max(1, len(self.pairs.of)))
         _put(self.together, 1, span[documents], who)
 
-    def _shared(self, one: "_Found", unit: Ints) -> tuple[Ints, Ints]:
+    def together_in(self, one: "Found", unit: Ints) -> tuple[Ints, Ints]:
         """(pair, document) of each unit in which mentions of both stand and do not overlap."""
         if not len(one.term):
             return one.term, one.term
@@ -201,7 +201,7 @@ class _Tally:
         both = (keys[at] == key) & ((ends[index] <= starts[at]) | (ends[at] <= starts[index]))
         return pair[both], document[index[both]]
 
-    def _near(self, one: "_Found") -> tuple[Ints, Ints]:
+    def _near(self, one: "Found") -> tuple[Ints, Ints]:
         """(pair, document) of each pair of mentions that begin at most a window apart and do not overlap."""
         if not len(one.term):
             return one.term, one.term
@@ -247,7 +247,7 @@ class _Tally:
         }
 
 
-class _Found:
+class Found:
     """Mentions that lie in a range."""
 
     def __init__(self, found: Mentions, keep: NDArray[np.bool_]) -> None:
@@ -313,7 +313,7 @@ class _Store:
         result = load_result(self.folder / "counts")
         return result if isinstance(result, Counts) else None
 
-    def load(self, tally: _Tally) -> Cursor | None:
+    def load(self, tally: Tally) -> Cursor | None:
         head = self._head()
         if head is None:
             return None
@@ -324,7 +324,7 @@ class _Store:
         tally.facts.update(json.loads(head["facts"]))
         return json.loads(head["cursor"])
 
-    def save(self, tally: _Tally, cursor: Cursor) -> None:
+    def save(self, tally: Tally, cursor: Cursor) -> None:
         import safetensors.numpy
 
         head = {"key": self.key, "cursor": to_json(cursor, indent=None), "facts": to_json(tally.facts, indent=None)}

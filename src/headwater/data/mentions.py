@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headwater.core.errors import MethodError
-from headwater.data.counts import CountConfig, _Found, _Tally
+from headwater.data.counts import CountConfig, Found, Tally
 from headwater.data.matching import Ints, TextMatcher, TokenMatcher, check_forms, encoder, word_edges
 from headwater.data.pairs import Pairs, read_pairs
 
@@ -25,7 +25,7 @@ class Mentioning:
         self, pairs: Any, *, tokenizer: Any = None, encode: Callable[[str], Sequence[Sequence[int]]] | None = None
     ) -> None:
         self.pairs: Pairs = read_pairs(pairs)
-        self._tally = _Tally(self.pairs, CountConfig(), 1)
+        self._tally = Tally(self.pairs, CountConfig(), 1)
         self._tokenizer, self._encode = tokenizer, encode
         self._matcher: TextMatcher | TokenMatcher | None = None
 
@@ -34,9 +34,9 @@ class Mentioning:
         if self._matcher is None:
             self._matcher = self._make(texts=isinstance(piece, list))
         found = self._matcher.find(piece, words=False, sentences=False)
-        one = _Found(found, np.ones(len(found.term), dtype=bool))
+        one = Found(found, np.ones(len(found.term), dtype=bool))
         one.document = found.sequence[found.document]
-        pair, sequence = self._tally._shared(one, one.document)
+        pair, sequence = self._tally.together_in(one, one.document)
         order = np.lexsort((sequence, pair))
         return pair[order], sequence[order]
 

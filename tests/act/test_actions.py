@@ -177,10 +177,14 @@ def test_amplify_by_one_zero_and_without_a_mean(tiny_model64: Any, ioi: Behavior
     def under(action: Action) -> torch.Tensor:
         return tiny_model64.run(IDS, interventions=[*action]).logits
 
-    assert torch.allclose(under(amplify(tiny_model64, "a1.h0", ioi, factor=1.0)), logits(tiny_model64.hf), atol=1e-12)
-    assert torch.allclose(
-        under(amplify(tiny_model64, "a1.h0", ioi, factor=0.0)), under(knock_out(tiny_model64, "a1.h0", ioi)), atol=1e-12
-    )
+    plain = logits(tiny_model64.hf)
+    assert torch.allclose(under(amplify(tiny_model64, "a1.h0", ioi, factor=1.0)), plain, atol=1e-12)
+    none = under(amplify(tiny_model64, "a1.h0", ioi, factor=0.0))
+    assert torch.allclose(none, under(knock_out(tiny_model64, "a1.h0", ioi)), atol=1e-12)
+    heads, _ = means(tiny_model64, ioi, "corrupt")
+    with by_hand(tiny_model64.hf, {(1, 0): lambda x: heads[1, 0].expand_as(x)}, {}):
+        assert torch.allclose(none, logits(tiny_model64.hf), atol=1e-10)
+    assert not torch.allclose(none, plain, atol=1e-3)
     with by_hand(tiny_model64.hf, {(1, 0): lambda x: 2 * x}, {}):
         wanted = logits(tiny_model64.hf)
     assert torch.allclose(under(amplify(tiny_model64, "a1.h0")), wanted, atol=1e-12)

@@ -9,7 +9,7 @@ import torch
 
 import headwater as hw
 from headwater.act.catalog import act
-from headwater.act.editing.prune import prune, pruning_curve, relevance, taken, text_relevance
+from headwater.act.editing.prune import magnitude, prune, pruning_curve, relevance, taken, text_relevance
 from headwater.act.measuring import NOTHING, score
 from headwater.core.errors import MethodError
 
@@ -36,7 +36,26 @@ def test_relevance_is_activation_times_gradient(tiny_model64: Any, ioi: Any) -> 
     for handle in handles:
         handle.remove()
     torch.testing.assert_close(relevance(model, bound, "logit_diff"), total / bound.n, rtol=1e-8, atol=1e-12)
-    assert text_relevance(model, ["A short text.", "Another one, a little longer."]).shape == total.shape
+    # text: of the mean loss of each text; magnitude: mean activation times the length of what it writes
+    texts, text_total, sizes = ["A short text.", "Another one, a little longer."], torch.zeros_like(total), total * 0
+    handles = [
+        block.mlp.down_proj.register_forward_pre_hook(lambda _, args, layer=layer: kept.__setitem__(layer, args[0]))
+        for layer, block in enumerate(model.hf.model.layers)
+    ]
+    for text in texts:
+        ids = model.tokens(text)[0][None, :5]
+        lost = model.hf(ids, labels=ids).loss
+        grads = torch.autograd.grad(lost, [kept[layer] for layer in range(model.n_layers)])
+        text_total += torch.stack([(kept[layer] * g).abs().sum((0, 1)) for layer, g in enumerate(grads)]).detach()
+    for group in bound.groups:
+        model.hf(group.clean)
+        sizes += torch.stack([kept[layer].abs().mean(1).sum(0) for layer in range(model.n_layers)]).detach()
+    for handle in handles:
+        handle.remove()
+    # the loss is taken in single precision, as the model's own is
+    torch.testing.assert_close(text_relevance(model, texts, 5), text_total / 2, rtol=1e-4, atol=1e-9)
+    lengths = torch.stack([block.mlp.down_proj.weight.norm(dim=0) for block in model.hf.model.layers]).detach()
+    torch.testing.assert_close(magnitude(model, bound), sizes / bound.n * lengths, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("model_name", ["tiny_model64", "tiny_gpt2_model64"])
@@ -45,8 +64,6 @@ def test_pruned_neurons_write_nothing_and_come_back(model_name: str, ioi: Any, r
     before = {name: weight.clone() for name, weight in model.hf.state_dict().items()}
     made = prune(model, ioi, share=0.25)
     assert made.edit is not None
-    width = next(iter(model.sites("neurons.0"))).layer
-    assert width == 0
     ranked = relevance(model, ioi.train[:24].bind(model), "logit_diff")
     chosen = taken(ranked, 0.25, "least")
     assert sum(map(len, chosen.values())) == round(0.25 * ranked.numel())

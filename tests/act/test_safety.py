@@ -142,6 +142,37 @@ def test_a_head_that_attends_evenly_anyway_does_not_matter(conflict: Any) -> Non
         assert np.max(scores["score"].to_numpy()) > 1e-3
 
 
+def test_a_group_stands_beside_random_ones_and_is_judged_by_hand(tiny_model64: Any, conflict: Any) -> None:
+    options = {"n": 8, "group": 2, "candidates": 3, "draws": 4, "how": "scaled", "keep": 0.0}
+    for method in ("ships", "sahara"):
+        found = head_importance(tiny_model64, conflict, method=method, rank=2, **options)
+        groups = conflict.train[:8].bind(tiny_model64).groups
+
+        def replies(heads: list[str], groups: Any = groups) -> tuple[torch.Tensor, torch.Tensor]:
+            off = [hw.zero(f"z.{head[1:]}") for head in heads]
+            runs = [
+                tiny_model64.run(group.clean, capture=["resid_post.2@-1"], logits="last", interventions=off)
+                for group in groups
+            ]
+            return torch.cat([run.logits for run in runs]), torch.cat([run["resid_post.2@-1"] for run in runs])
+
+        (usual, streams), rows = replies([]), found.tables["group"].to_dicts()
+        for size in (1, 2):
+            logits, moved = replies(found.group[:size])
+            if method == "ships":
+                p, q = usual.log_softmax(-1), logits.log_softmax(-1)
+                by_hand = float((p.exp() * (p - q)).sum(-1).mean())
+            else:
+                from scipy.linalg import subspace_angles
+
+                spaces = [np.linalg.svd(x.numpy())[0][:, :2] for x in (streams, moved)]
+                by_hand = float(subspace_angles(*spaces).sum())
+            assert rows[size - 1]["score"] == pytest.approx(by_hand, rel=1e-6)
+            assert rows[size - 1]["lo"] <= rows[size - 1]["random"] <= rows[size - 1]["hi"]
+        best = sorted(zip(found.to_frame()["score"], range(12), strict=True))[-1][1]
+        assert found.group[0] == f"a{best // 4}.h{best % 4}"
+
+
 def test_angles_between_spaces() -> None:
     one = torch.eye(5, dtype=torch.float64)[:, :2]
     turned = one.clone()

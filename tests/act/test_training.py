@@ -351,11 +351,18 @@ def test_misfit_options_are_refused(tiny_model: Any, capitals: Behavior, options
 
 
 def test_a_loss_that_is_not_finite_says_so(tiny_model: Any) -> None:
-    def objective(twin: nn.Module, step: int) -> Iterator[tuple[Tensor, float | None]]:
-        yield next(iter(twin.parameters())).sum() * float("inf"), 0.0
+    before, updated = state_of(tiny_model), []
+    for at in (0, 2):  # at the first step, and after sound ones
 
-    with pytest.raises(MethodError, match="not finite"):
-        fit(tiny_model, weights_of(tiny_model, "embed"), objective, steps=1, lr=1.0)
+        def later(twin: nn.Module, step: int, at: int = at) -> Iterator[tuple[Tensor, float | None]]:
+            updated.append(step)
+            weight = twin.get_input_embeddings().weight  # type: ignore[operator]
+            yield (weight.square().sum() if step < at else weight.sum() * float("nan")), 0.0
+
+        updated.clear()
+        with pytest.raises(MethodError, match=f"the loss is not finite. Got: step {at}.*Lower lr"):
+            fit(tiny_model, weights_of(tiny_model, "embed"), later, steps=5, lr=1e-3)
+        assert updated == list(range(at + 1)) and same_bits(state_of(tiny_model), before)
 
 
 def test_a_mask_leaves_the_rest_at_zero() -> None:

@@ -63,9 +63,7 @@ def test_answers_are_forgotten_and_come_back_to_the_bit(
     rate = {"ascent": 5e-3, "difference": 5e-3, "rmu": 2e-2}[name]
     made = act(name, taught, capitals, steps=25, lr=rate, weights=weights, **options)
     assert made.goal == Goal(direction="lower")
-    layer = made.config["layer"] if name == "rmu" else 2
-    if name != "rmu" or layer is None or any(part.endswith(("0", "*", "all")) for part in made.config["parts"]):
-        assert loss(taught, made, capitals) > loss(taught, NOTHING, capitals) + 1.0
+    assert loss(taught, made, capitals) > loss(taught, NOTHING, capitals) + 1.0
     assert all(torch.equal(value, before[key]) for key, value in taught.hf.state_dict().items())
     if weights != "all":
         layers = {part.split(".")[1] for part in made.config["parts"]}

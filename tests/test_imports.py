@@ -145,6 +145,26 @@ def test_names_resolve() -> None:
         headwater.nothing_like_it  # noqa: B018
 
 
+@pytest.mark.parametrize("room", ["act", "localize", "bench", "bench.siit", "bench.toys", "data", "dynamics"])
+def test_names_of_a_room_are_found_on_first_use(room: str, python: Any) -> None:
+    done = python("-W", "error", "-c", f"""
+import sys
+import headwater.{room} as room
+assert "torch" not in sys.modules and dir(room) == sorted(room.__all__)
+assert not set(room.__all__) & set(vars(room))
+for name in room.__all__:
+    value = getattr(room, name)
+    assert vars(room)[name] is value
+try:
+    room.nothing_like_it
+except AttributeError as error:
+    assert str(error) == "module 'headwater.{room}' has no attribute 'nothing_like_it'"
+else:
+    raise SystemExit("found")
+""")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_name_has_a_place() -> None:
     import headwater
 

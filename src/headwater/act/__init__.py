@@ -1,8 +1,9 @@
 """Stage 5: change what was found, and measure what else that changes: knock out, amplify, steer, edit weights, and
 Effect beside prompting and random controls."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from headwater.core.lazy import lazy
 
 _NAMES = {
     "Action": "action",
@@ -73,16 +74,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _NAMES, __all__)
 
 
 if TYPE_CHECKING:

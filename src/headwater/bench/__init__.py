@@ -4,22 +4,23 @@
 Names are resolved on first use, so that importing this room is cheap.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from headwater.core.lazy import lazy
 
 _NAMES = {
-    "truth": ("truth", None),
-    "rasp": ("rasp", None),
-    "Compiled": ("rasp.compiler", "Compiled"),
-    "CompileConfig": ("rasp.compiler", "CompileConfig"),
-    "TrueMechanism": ("mechanism", "TrueMechanism"),
-    "Interchange": ("interchange", "Interchange"),
-    "CompressConfig": ("compress", "CompressConfig"),
-    "Compression": ("compress", "Compression"),
-    "claim_rates": ("rates", "claim_rates"),
-    "ClaimRates": ("rates", "ClaimRates"),
-    "score": ("scoring.run", "score"),
-    "TruthScores": ("scoring.table", "TruthScores"),
+    "truth": "",
+    "rasp": "",
+    "Compiled": "rasp.compiler",
+    "CompileConfig": "rasp.compiler",
+    "TrueMechanism": "mechanism",
+    "Interchange": "interchange",
+    "CompressConfig": "compress",
+    "Compression": "compress",
+    "claim_rates": "rates",
+    "ClaimRates": "rates",
+    "score": "scoring.run",
+    "TruthScores": "scoring.table",
 }
 
 __all__ = [
@@ -38,18 +39,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'headwater.bench' has no attribute {name!r}")
-    module, inner = _NAMES[name]
-    value = importlib.import_module(f"headwater.bench.{module}")
-    value = value if inner is None else getattr(value, inner)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _NAMES, __all__)
 
 
 if TYPE_CHECKING:

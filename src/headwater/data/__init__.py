@@ -7,8 +7,9 @@ same facts under other frequencies;
 `attribute` scores training sequences for a behavior, and `remove_and_retrain` is the test of that.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from headwater.core.lazy import lazy
 
 _PLACES = {
     "Corpus": "headwater.data.corpus",
@@ -53,16 +54,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'headwater.data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PLACES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _PLACES, __all__)
 
 
 if TYPE_CHECKING:

@@ -4,8 +4,9 @@
 of a run, a folder or the hub; `track` measures them into a `Timeline`.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from headwater.core.lazy import lazy
 
 _PLACES = {
     "CheckpointSeries": "headwater.dynamics.series",
@@ -20,16 +21,7 @@ _PLACES = {
 __all__ = ["CheckpointSeries", "Timeline", "TrainConfig", "TrainingRun", "redo", "track", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'headwater.dynamics' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_PLACES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _PLACES, __all__)
 
 
 if TYPE_CHECKING:

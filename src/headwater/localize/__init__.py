@@ -3,8 +3,9 @@
 Names are resolved on first use, so that importing this room is cheap.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from headwater.core.lazy import lazy
 
 _NAMES = {
     "patch": "patching.patch",
@@ -127,16 +128,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'headwater.localize' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"headwater.localize.{_NAMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _NAMES, __all__)
 
 
 if TYPE_CHECKING:

@@ -3,8 +3,9 @@
 `siit.train("ioi", out=...)` trains one of `siit.configs`; `siit.load` reads it again with its mechanism and checks.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from headwater.core.lazy import lazy
 
 _NAMES = {
     "Alignment": "alignment",
@@ -55,16 +56,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'headwater.bench.siit' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"headwater.bench.siit.{_NAMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _NAMES, __all__)
 
 
 if TYPE_CHECKING:

@@ -3,8 +3,9 @@
 `toys.train("superposition_phases")` and the rest of `toys.toys.names()`; each gives a Result with its checks.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from headwater.core.lazy import lazy
 
 _NAMES = {
     "Algebra": "headwater.bench.toys.algebra",
@@ -49,16 +50,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _NAMES:
-        raise AttributeError(f"module 'headwater.bench.toys' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_NAMES[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy(__name__, _NAMES, __all__)
 
 
 if TYPE_CHECKING:

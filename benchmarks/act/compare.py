@@ -1,6 +1,7 @@
 """Actions beside baselines, three seeds: `python -m benchmarks.act.compare NAME FOLDER [--world RUN]`.
 
-NAME: world_edit, world_unlearn (a run of examples/world.yaml), smol_edit, smol_unlearn, smol_position (SmolLM2-135M).
+NAME: world_edit, world_unlearn (a run of examples/world.yaml), smol_edit, smol_unlearn, smol_position,
+smol_letters (SmolLM2-135M).
 FOLDER keeps each cell as it comes; killed, the same command goes on. The comparison is saved to FOLDER/result, its
 chart to FOLDER/chart.svg.
 """
@@ -111,14 +112,38 @@ UNLEARNED = {"all": 2e-5, "output:4": 1e-4, "lookup:4": 1e-4}
 
 
 def smol_position(run: str, folder: Path) -> ActComparison:
+    actions = {
+        "gates": ("gates", {}),
+        "gates, 20 heads": ("gates", {"top": 20}),
+        "repair": ("repair", {"n": 8, "top": 8}),
+        "localized": ("localized", {"weights": "lookup:4", "lr": 3e-4}),
+        "finetune": ("finetune", {"lr": 5e-5}),
+        "dpo": ("dpo", {"lr": 1e-5}),
+    }
+    options = {"n": 24, "measured": 16}
+    settings = SMOL | {"steps": 40}
+    return compare(
+        hw.load("smollm2"), "position_bias", actions, options=options, out=folder, lora={"lr": 1e-3}, shots=(4,),
+        **settings,
+    )  # fmt: skip
+
+
+def smol_letters(run: str, folder: Path) -> ActComparison:
     actions = {"recalibrate": ("recalibrate", {"n": 8}), "localized": ("finetune", {"weights": "output:4", "lr": 2e-4})}
     options = {"n": 16, "measured": 8}
     return compare(
-        hw.load("smollm2"), "position_bias", actions, options=options, out=folder, lora={"lr": 5e-4}, shots=(4,), **SMOL
+        hw.load("smollm2"),
+        "choice_letters",
+        actions,
+        options=options,
+        out=folder,
+        lora={"lr": 5e-4},
+        shots=(4,),
+        **SMOL,
     )
 
 
-ALL = {one.__name__: one for one in (world_edit, world_unlearn, smol_edit, smol_unlearn, smol_position)}
+ALL = {one.__name__: one for one in (world_edit, world_unlearn, smol_edit, smol_unlearn, smol_position, smol_letters)}
 
 
 def main() -> None:

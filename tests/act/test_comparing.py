@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from headwater.act.comparing.task import Task, of_behavior, tasks
 from headwater.act.comparing.verdict import verdict
 from headwater.act.measuring import NOTHING as MEASURED
 from headwater.act.measuring import plain_texts, score, text_loss
+from headwater.behavior.generators.capitals import facts as capitals_of
 from headwater.behavior.table import Behavior
 from headwater.core.errors import MethodError
 from headwater.core.results import load_result
@@ -243,8 +245,38 @@ def test_capitals_that_a_tokenizer_lacks_are_told(
         tasks.get("fact_edit")(tiny_model, seed=0, n=3)
 
 
-def test_a_task_on_choices_is_balanced_and_parted(tiny_model: Any) -> None:
-    task: Task = tasks.get("position_bias")(tiny_model, seed=0, n=16, measured=8)
+def test_a_task_on_the_order_of_options_is_balanced_and_parted(tiny_model: Any, knowing: None) -> None:
+    sizes = {"n": 8, "measured": 6, "keep": 2, "choices": 3}
+    task: Task = tasks.get("position_bias")(tiny_model, seed=0, **sizes)
+    assert task.paraphrase is not None and task.format is not None and task.neighbour is not None
+    assert task.keep is not None and task.old is not None
+    train, test = task.behavior.train, task.behavior.test
+    assert (train.n, test.n, task.paraphrase.n, task.format.n) == (8, 6, 12, 6)
+    for part in (test, task.paraphrase, task.format):
+        assert len(set(Counter(part.frame["place"]).values())) == 1
+    for row in pl.concat([train.frame, test.frame]).to_dicts():
+        shown = row["prompt"].split("Options: ")[1].split("\n")[0].split(", ")
+        answer, place = row["answers"][0].strip(), int(row["place"])
+        country = json.loads(row["variables"])["country"]
+        assert shown[place - 1] == answer == capitals_of()[country][0]
+        assert [f" {one}" for one in shown if one != answer] == row["foils"]
+        other = row["counterfactual"].split("Options: ")[1].split("\n")[0].split(", ")
+        assert sorted(other) == sorted(shown) and other[place - 1] != answer
+    countries = {role: set(part.frame["prompt"]) for role, part in (("train", train), ("test", test))}
+    of = [{json.loads(text)["country"] for text in part.frame["variables"]} for part in (train, test)]
+    assert not of[0] & of[1] and not countries["train"] & countries["test"]
+    assert not set(task.keep.prompts) & set(task.neighbour.prompts)
+    for row in task.old.frame.to_dicts():  # what the attack trains on is the option that stands first
+        assert row["foils"][0].strip() == row["prompt"].split("Options: ")[1].split(", ")[0]
+    assert {json.loads(text)["country"] for text in task.old.frame["variables"]} == of[1]
+    with pytest.raises(MethodError, match="knows too few capitals"):
+        tasks.get("position_bias")(tiny_model, seed=0, n=400)
+    with pytest.raises(MethodError, match="each place"):
+        tasks.get("position_bias")(tiny_model, seed=0, n=2)
+
+
+def test_a_task_on_letters_is_balanced_and_parted(tiny_model: Any) -> None:
+    task: Task = tasks.get("choice_letters")(tiny_model, seed=0, n=16, measured=8)
     for part in (task.behavior.train, task.behavior.test, task.paraphrase, task.format):
         assert part is not None
         counts = part.frame["place"].value_counts()["count"]
@@ -255,7 +287,7 @@ def test_a_task_on_choices_is_balanced_and_parted(tiny_model: Any) -> None:
     assert "choice-0" not in set(task.paraphrase.frame["template"])
     assert not set(task.format.frame["labels"]) & set(task.behavior.frame["labels"])
     with pytest.raises(MethodError):
-        tasks.get("position_bias")(tiny_model, seed=0, n=2)
+        tasks.get("choice_letters")(tiny_model, seed=0, n=2)
 
 
 def test_known_countries_are_those_said_in_every_wording(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

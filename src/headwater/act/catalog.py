@@ -33,6 +33,7 @@ _OWN = (
     "editing.prune",
     "training.finetune",
     "training.lora",
+    "training.gates",
     "training.dpo",
     "training.cues",
     "training.connectivity",

@@ -16,7 +16,10 @@ _SHOWN = (
 
 def compare(
     task: Annotated[
-        str, typer.Argument(help="A task (fact_edit, fact_unlearn, position_bias), or a behavior's name or file.")
+        str,
+        typer.Argument(
+            help="A task (fact_edit, fact_unlearn, position_bias, choice_letters), or a behavior's name or file."
+        ),
     ],
     model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
     method: Annotated[

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from headwater.act.action import Action, Goal
 from headwater.act.catalog import methods
 from headwater.act.edit import Delta
@@ -70,12 +68,8 @@ def scaled_heads(model: "Model", factors: dict[Head, float]) -> list[Delta]:
     """The changes that multiply what heads write by their factors."""
     deltas: list[Delta] = []
     for layer in sorted({at for at, _ in factors}):
-        matrix = out_projection(model, layer)
-        own = {head: factor for (at, head), factor in factors.items() if at == layer}
-        columns = torch.cat([head_columns(model, layer, head) for head in own])
-        times = torch.cat([torch.full((len(head_columns(model, layer, h)),), f - 1.0) for h, f in own.items()])
-        weight = matrix.weight[:, columns.to(matrix.weight.device)]
-        deltas.append(matrix.columns(columns, weight * times.to(weight)))
+        own = [(head_columns(model, layer, head), factor) for (at, head), factor in factors.items() if at == layer]
+        deltas.append(out_projection(model, layer).scaled(own))
     return deltas
 
 

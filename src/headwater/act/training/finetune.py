@@ -22,15 +22,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How weights are trained.
+class FitConfig:
+    """How something is fitted to answers.
 
-    weights: which (`weights_of`). goal: "raise" (toward the answers), "lower" (toward the foils), or "column=value".
-    steps, batch, lr: AdamW without decay. until: training ends when the mean loss of a step is at most this, in nats a
-    token. keep_weight: how much the loss on pairs to keep counts, where some are given.
+    goal: "raise" (toward the answers), "lower" (toward the foils), or "column=value". steps, batch, lr: AdamW without
+    decay. until: training ends when the mean loss of a step is at most this, in nats a token. keep_weight: how much the
+    loss on pairs to keep counts, where some are given.
     """
 
-    weights: str | tuple[str, ...] = "all"
     goal: str = "raise"
     steps: int = 40
     batch: int = 8
@@ -45,6 +44,13 @@ class TrainingConfig:
             raise MethodError("the sizes of training do not fit", got=got, wanted="steps and batch >= 1, lr > 0")
         if self.until < 0 or self.keep_weight < 0:
             raise MethodError("until and keep_weight are not negative", got=f"{self.until}, {self.keep_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(FitConfig):
+    """Options of `FitConfig`, and weights: which are trained (`weights_of`)."""
+
+    weights: str | tuple[str, ...] = "all"
 
 
 @dataclass(frozen=True, kw_only=True)

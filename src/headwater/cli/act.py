@@ -7,13 +7,13 @@ import typer
 
 from headwater.cli.act_compare import compare
 from headwater.cli.act_find import find
+from headwater.cli.options import BehaviorName, Json, ModelName, Pairs
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
     from headwater.act.effects import Effect
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 _SHOWN = ("action", "measure", "before", "after", "change", "lo", "hi", "n", "note")
 
 
@@ -34,9 +34,9 @@ def add_to(app: typer.Typer) -> None:
 
 def run(
     method: Annotated[str, typer.Argument(help="A method's name, such as caa or rome; see `headwater act methods`.")],
-    behavior: Annotated[str, typer.Argument(help="A behavior's name or a file of pairs.")],
-    model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
-    n: Annotated[int | None, typer.Option(min=2, help="How many pairs.")] = None,
+    behavior: BehaviorName,
+    model: ModelName,
+    n: Pairs = None,
     seed: Annotated[int, typer.Option(help="The seed they are made with, and random versions are drawn with.")] = 0,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the method, as NAME=VALUE; may be repeated.")
@@ -108,7 +108,7 @@ def list_(
 
 def apply(
     files: Annotated[list[Path], typer.Argument(help="Files of edits, in the order in which they go on.")],
-    model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
+    model: ModelName,
     out: Annotated[Path, typer.Option(help="The folder for the edited model: a normal checkpoint.")],
     json: Json = False,
 ) -> None:

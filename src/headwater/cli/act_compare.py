@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json, ModelName
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -21,7 +22,7 @@ def compare(
             help="A task (fact_edit, fact_unlearn, position_bias, choice_letters), or a behavior's name or file."
         ),
     ],
-    model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
+    model: ModelName,
     method: Annotated[
         list[str] | None,
         typer.Option(help="A method of `headwater act run`, as NAME or NAME:OPTION=VALUE,...; may be repeated."),
@@ -43,7 +44,7 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="A folder: cells are kept there as they come, the result in its `result`.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Compare actions with prompting, few-shot examples, LoRA and random targets on one task and one budget.
 

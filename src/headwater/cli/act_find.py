@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import BehaviorName, Json, ModelName, Pairs
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_rows
 
@@ -19,15 +20,15 @@ FINDERS = {
 
 def find(
     what: Annotated[str, typer.Argument(help=f"What to find: {', '.join(FINDERS)}.")],
-    behavior: Annotated[str, typer.Argument(help="A behavior's name or a file of pairs.")],
-    model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
-    n: Annotated[int | None, typer.Option(min=2, help="How many pairs.")] = None,
+    behavior: BehaviorName,
+    model: ModelName,
+    n: Pairs = None,
     seed: Annotated[int, typer.Option(help="The seed they are made with.")] = 0,
     option: Annotated[
         list[str] | None, typer.Option("--set", help="An option, as NAME=VALUE; may be repeated.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Save the result into this folder.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Find what a reply hangs on: heads that copy from the context, entities that are known, heads behind a refusal,
     cues behind errors, neurons that are not needed."""

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -36,7 +37,7 @@ def attribute(
     seeds: Annotated[str, typer.Option(help="Of these trainings.")] = "0,1,2",
     seed: Annotated[int, typer.Option(help="Of pairs and projections.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also save the results into this folder.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Score training sequences by how much each would help a behavior, beside base rate and a plain search.
 

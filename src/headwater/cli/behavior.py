@@ -6,9 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli.guard import say
+from headwater.cli.options import Json, ModelName
 from headwater.cli.show import show, show_json, show_rows
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -73,7 +72,7 @@ def check(
 
 def evaluate(
     name: Annotated[str, typer.Argument(metavar="BEHAVIOR", help="A behavior's name or a file of pairs.")],
-    model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
+    model: ModelName,
     n: Annotated[int | None, typer.Option(min=1, help="How many pairs.")] = None,
     seed: Annotated[int, typer.Option(help="The seed they are made with.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also save the result into this folder.")] = None,

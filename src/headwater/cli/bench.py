@@ -7,10 +7,10 @@ import typer
 
 from headwater.cli import bench_programs
 from headwater.cli.bench_score import add_scores_to
+from headwater.cli.options import Json
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Settings = Annotated[
     list[str] | None, typer.Option("--set", help="A setting of the config, as NAME=VALUE; may be repeated.")
 ]

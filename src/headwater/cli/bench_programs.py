@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from headwater.core.model import Model
     from headwater.core.results import Result
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="An option, as NAME=VALUE; may be repeated.")]
 Out = Annotated[Path | None, typer.Option(help="The folder for the result.")]
 

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.show import show, show_json, show_rows
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 Programs = Annotated[
     list[str] | None, typer.Option("--programs", help="Compiled programs, names with commas; all where none is named.")
 ]

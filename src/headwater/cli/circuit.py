@@ -5,14 +5,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwater.cli.options import BehaviorName, Json, ModelName
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
     from headwater.localize.circuit import Circuit
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 File = Annotated[Path, typer.Argument(help="A circuit in MIB's JSON form, or the folder of a saved one.")]
-ModelName = Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")]
 Seed = Annotated[int, typer.Option(help="The seed of everything drawn.")]
 
 
@@ -61,7 +60,7 @@ def compare(
 
 def evaluate(
     file: File,
-    behavior: Annotated[str, typer.Argument(help="A behavior's name or a file of pairs.")],
+    behavior: BehaviorName,
     model: ModelName,
     n: Annotated[int | None, typer.Option(min=2, help="How many pairs; half of them are judged on.")] = None,
     seed: Seed = 0,

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json, Pairs
 from headwater.cli.show import show, show_json, show_rows
 
 Model = Annotated[str, typer.Argument(help="A hub id, a folder, or a checkpoint such as runs/a/step-800.")]
 Out = Annotated[Path | None, typer.Option(help="Keep the result in this folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -60,7 +60,7 @@ def delta(
     behavior: Annotated[
         str | None, typer.Option(help="One that the old model has and the new one lost: a name or a file of pairs.")
     ] = None,
-    n: Annotated[int | None, typer.Option(min=2, help="How many pairs.")] = None,
+    n: Pairs = None,
     seed: Annotated[int, typer.Option(help="Everything random follows from it.")] = 0,
     out: Out = None,
     json: Json = False,

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli.inputs import tokenizer_named
+from headwater.cli.options import Json
 from headwater.cli.show import show, show_json, show_rows
 
 
@@ -38,7 +39,7 @@ def count(
     inside_words: Annotated[bool, typer.Option("--inside-words", help="Match inside longer words too.")] = False,
     ignore_case: Annotated[bool, typer.Option("--ignore-case", help="Of text.")] = False,
     separator: Annotated[int | None, typer.Option(min=0, help="The token id that ends a document.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Count how often terms, and pairs of terms, stood in a corpus, by step of training."""
     from headwater.core.errors import MethodError

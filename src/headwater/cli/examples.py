@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from headwater.cli.inputs import ids_of, model_and_corpus
+from headwater.cli.options import Json
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -14,7 +15,6 @@ Corpus = Annotated[
     str | None, typer.Option(help="Token ids that it was trained on, or a run. [default: of a run its own]")
 ]
 Out = Annotated[Path | None, typer.Option(help="Keep the result in this folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -29,7 +30,7 @@ def link(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="A setting of the measurement, such as n_test=50 or ranks=8,16.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Relate how strong the linear mechanism of each relation is to how often its facts had been read by then."""
     from headwater.core.errors import MethodError
@@ -95,7 +96,7 @@ def lre(
     option: Annotated[
         list[str] | None, typer.Option("--set", help="An option, such as layers=embed,4 or ranks=8,16 or known=false.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Fit a linear relational embedding: how linearly a model decodes a relation (Hernandez et al., 2024)."""
     from headwater.core.loading import load

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwater.cli.options import BehaviorName, Json, ModelName, Pairs
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -22,9 +23,9 @@ def add_to(app: typer.Typer) -> None:
 
 def localize(
     method: Annotated[str, typer.Argument(help="A method's name, such as eap_ig; `headwater methods` lists them.")],
-    behavior: Annotated[str, typer.Argument(help="A behavior's name or a file of pairs.")],
-    model: Annotated[str, typer.Option(help="An alias, hub id, local folder or GGUF file.")],
-    n: Annotated[int | None, typer.Option(min=2, help="How many pairs.")] = None,
+    behavior: BehaviorName,
+    model: ModelName,
+    n: Pairs = None,
     seed: Annotated[int, typer.Option(help="The seed they are made with.")] = 0,
     metric: Annotated[str, typer.Option(help="What is explained.")] = "logit_diff",
     option: Annotated[
@@ -32,7 +33,7 @@ def localize(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many rows to print.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Also save the whole result into this folder.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Ask where in a model a behavior comes from, with one method."""
     from headwater import behavior as behaviors
@@ -61,7 +62,7 @@ def localize(
 
 def list_methods(
     name: Annotated[str | None, typer.Argument(help="One method; all of them where none is named.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """List the methods of `localize`: what each measures, how it is known to fail, and its options."""
     from headwater.localize.catalog import described, methods

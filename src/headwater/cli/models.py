@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ SHAPES = {
     "head": "B T H D",
     "logits": "B T V",
 }
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:

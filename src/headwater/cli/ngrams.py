@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from headwater.cli.inputs import ids_of, tokenizer_named
+from headwater.cli.options import Json
 from headwater.cli.show import show, show_json, show_rows
 
 
@@ -21,7 +22,7 @@ def ngrams(
     tokenizer: Annotated[str | None, typer.Option(help="A folder or a hub id: the one the corpus was cut by.")] = None,
     out: Annotated[Path | None, typer.Option(help="Keep the index here.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many of what follows to print.")] = 10,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Count an n-gram of any length in a corpus, and list what follows it."""
     from headwater.core.errors import MethodError

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.show import show, show_json
 
 
@@ -30,7 +31,7 @@ def redo(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps, where not as many.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed: other first weights, another order.")] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Train a run again with a change of its data: do(data).
 

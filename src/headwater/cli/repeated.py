@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -27,7 +28,7 @@ def repeated(
         list[str] | None,
         typer.Option("--set", help="A setting of the run, as NAME=VALUE with dots within; may be repeated."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Train with a share of repeated sequences, and measure fresh loss and induction heads against the repeats."""
     from headwater.core.errors import MethodError

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headwater.cli.guard import resumable, say
+from headwater.cli.options import Json
 from headwater.cli.show import show, show_json, show_rows
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def resume(folder: Annotated[Path, typer.Argument(help="The folder of a run that
 
 def verify(
     folder: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Run every test of a run's ledger again, from what is stored; leaves with 1 if one comes out differently."""
     from headwater.trace.verify import verify as run_again
@@ -112,7 +113,7 @@ def verify(
 
 def report(
     folder: Annotated[Path, typer.Argument(help="The folder of a run, finished or not.")],
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Write the report of a run again, from what is stored: one HTML file that needs no network."""
     from headwater.report import write_report

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json, Pairs
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -17,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
 def track(
     model: Annotated[str, typer.Argument(help="A run of `headwater train`, a folder of checkpoints, or a hub id.")],
     behavior: Annotated[str | None, typer.Option(help="A behavior's name or a file of pairs.")] = None,
-    n: Annotated[int | None, typer.Option(min=2, help="How many pairs.")] = None,
+    n: Pairs = None,
     measures: Annotated[
         str | None, typer.Option(help="Comma-separated. [default: loss, or behavior where one is given]")
     ] = None,
@@ -41,7 +42,7 @@ def track(
     audit: Annotated[
         bool, typer.Option("--audit", help="First compare the checkpoints: is each what its name says?")
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Measure every checkpoint of a training run, and say when what is measured changed."""
     from headwater import behavior as behaviors

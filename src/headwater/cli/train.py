@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.settings import settings_of
 from headwater.cli.show import show, show_json, show_rows
 
@@ -24,7 +25,7 @@ def train(
         list[str] | None,
         typer.Option("--set", help="A setting, as NAME=VALUE with dots within (model.n_layers=3); may be repeated."),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON for programs.")] = False,
+    json: Json = False,
 ) -> None:
     """Train a small model from scratch, so that every step and every batch can be looked at again.
 

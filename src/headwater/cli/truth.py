@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from headwater.cli.options import Json
 from headwater.cli.show import show, show_json, show_rows
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
 def add_to(app: typer.Typer) -> None:

@@ -13,7 +13,8 @@ from headwater.core.errors import MethodError, ModelError
 from headwater.core.interventions import replace
 from headwater.core.model import Model
 from headwater.localize.engine.passes import Engine
-from headwater.localize.search.cdt import CdtConfig, Decomposition, Rules, build_hops, cdt
+from headwater.localize.search.cdt import CdtConfig, build_hops, cdt
+from headwater.localize.search.decomposition import Decomposition, Rules
 from localize_families import LAYERS, LAYOUTS, VOCAB, H, K, Plain, make, pairs
 
 Pair = tuple[Tensor, Tensor]
@@ -218,7 +219,7 @@ def test_merging_signs_keeps_the_sum() -> None:
 def test_mlp_pieces_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, group = make("gpt2"), pairs(2, 5, 2)
     whole = decomposed(model, group, baseline="zero").relevance
-    monkeypatch.setattr("headwater.localize.search.cdt._AT_ONCE", 1500)
+    monkeypatch.setattr("headwater.localize.search.decomposition._AT_ONCE", 1500)
     torch.testing.assert_close(decomposed(model, group, baseline="zero").relevance, whole)
 
 

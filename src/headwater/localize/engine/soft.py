@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from headwater.localize.engine.ablation import shared_write
 from headwater.localize.engine.edges import PARTS, head_values
-from headwater.localize.engine.evaluate import Reference, on_heads_write
+from headwater.localize.engine.evaluate import Reference
 from headwater.localize.engine.hooks import on_input, on_port, replace_forward
+from headwater.localize.engine.live import on_heads_write
 from headwater.localize.engine.passes import Seen
 from headwater.localize.engine.wiring import Layer
 

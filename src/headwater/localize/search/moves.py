@@ -20,7 +20,8 @@ from headwater.core.errors import ModelError, SiteError
 from headwater.localize.engine.wiring import Layer
 
 if TYPE_CHECKING:
-    from headwater.core.model import Model, Run
+    from headwater.core.model import Model
+    from headwater.core.run import Run
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-2}
 _AT_ONCE = 4_000_000  # floats of one piece: small enough to stay near the processor

@@ -17,8 +17,9 @@ from headwater.localize.attribution.eap import configured
 from headwater.localize.catalog import methods
 from headwater.localize.circuit import Circuit
 from headwater.localize.engine.ablation import Ablation, Constants, means
-from headwater.localize.engine.evaluate import Reference, repeated
+from headwater.localize.engine.evaluate import Reference
 from headwater.localize.engine.hooks import on_port, replace_forward
+from headwater.localize.engine.live import repeated
 from headwater.localize.engine.passes import Scored, for_discovery
 from headwater.localize.engine.soft import soft_logits
 from headwater.localize.graph import Graph

@@ -14,7 +14,8 @@ from headwater.core.results import Provenance, Result, register_result
 from headwater.localize.attribution.eap import LOWER_IS_BETTER
 from headwater.localize.circuit import Circuit
 from headwater.localize.engine.ablation import AblationLike, as_ablation, prepare
-from headwater.localize.engine.evaluate import CircuitRunner, Live, Reference
+from headwater.localize.engine.evaluate import CircuitRunner, Reference
+from headwater.localize.engine.live import Live
 from headwater.localize.engine.passes import Batch, Engine, Scored, make_batches, tokens_at_once
 from headwater.localize.graph import Graph
 from headwater.localize.selection import Rank, nodes_in, prune, select

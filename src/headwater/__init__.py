@@ -25,7 +25,7 @@ _INTERVENTIONS = (
 _PLACES = {
     "load": "headwater.core.loading",
     "Model": "headwater.core.model",
-    "Run": "headwater.core.model",
+    "Run": "headwater.core.run",
     "Site": "headwater.core.sites",
     "HeadwaterError": "headwater.core.errors",
     "Result": "headwater.core.results",
@@ -110,8 +110,9 @@ if TYPE_CHECKING:
         zero,
     )
     from headwater.core.loading import load
-    from headwater.core.model import Model, Run
+    from headwater.core.model import Model
     from headwater.core.results import Result, load_result
+    from headwater.core.run import Run
     from headwater.core.sites import Site
     from headwater.localize.circuit import Circuit
     from headwater.trace.investigation import Investigation

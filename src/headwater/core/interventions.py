@@ -13,7 +13,7 @@ from headwater.core.sites import Position, Site, parse_position
 if TYPE_CHECKING:
     import torch
 
-    from headwater.core.model import Run
+    from headwater.core.run import Run
 
 Where = Union[Position, list[int], "torch.Tensor", Literal["prompt", "decode", "all"], None]
 """Which tokens: see `Intervention`. A tensor [n_prompts] gives each prompt a position of its own."""

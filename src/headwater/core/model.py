@@ -7,78 +7,23 @@ import inspect
 import threading
 from collections import defaultdict
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from headwater.core.anatomy import Anatomy, Stack, device_of, evaluating, find_anatomy
+from headwater.core.addresses import resolved, sites_of
+from headwater.core.anatomy import Anatomy, device_of, evaluating, find_anatomy
 from headwater.core.anatomy.check import check_sites
-from headwater.core.errors import InterventionError, ModelError, SiteError, did_you_mean
+from headwater.core.errors import InterventionError, ModelError, SiteError
 from headwater.core.interventions import Intervention
 from headwater.core.places import Window, refuse_padded
+from headwater.core.run import Run, in_order
 from headwater.core.session import Kept, Session, Stopped
-from headwater.core.sites import KINDS, Site
+from headwater.core.sites import Site
 
 Inputs = str | Sequence[Any] | torch.Tensor | dict[str, Any]
 Logits = Literal["all", "last", "none"]
 _MAX_TOKENS_A_BATCH = 8192
-
-
-@dataclass
-class Run:
-    """What a run gave. `run["z.7.h3"]` is the captured value of a site, prompts first.
-
-    logits: [B, T, V] for "all" (a list of [T, V] where lengths differ), [B, V] for "last", None for "none".
-    tokens: one tensor of token ids a prompt. output: what the model itself returned, where everything ran in one batch.
-    """
-
-    tokens: list[torch.Tensor]
-    logits: Any = None
-    captured: list[Site] = field(default_factory=list)
-    output: Any = None
-    _values: dict[str, Any] = field(default_factory=dict)
-    _kept: list[dict[str, Kept]] = field(default_factory=list)
-
-    def __getitem__(self, site: str | Site) -> Any:
-        name = str(Site.parse(site))
-        if name in self._values:
-            return self._values[name]
-        whole = Site.parse(site)
-        stripped = str(whole.whole)
-        if stripped in self._values and isinstance(self._values[stripped], torch.Tensor):
-            from headwater.core.places import select_index, token_axis
-
-            x = self._values[stripped]
-            where = Window().locate(whole.pos, x.shape[token_axis(whole.kind)], whole) if whole.pos else slice(None)
-            return x[select_index(whole, x, where)]
-        raise SiteError(f"{name} was not captured in this run", wanted=did_you_mean(name, self._values))
-
-    def __contains__(self, site: str | Site) -> bool:
-        return str(Site.parse(site)) in self._values
-
-    def grads(self, of: torch.Tensor, sites: Sequence[str | Site] | None = None) -> dict[str, torch.Tensor]:
-        """Gradients of a scalar with respect to captured sites, in the sites' own layout. Needs `grad=True` and one
-        batch.
-
-        The gradient of `head.L.hN` is that of the stream its write is added to.
-        """
-        if len(self._kept) != 1 or not all(kept.whole is not None for kept in self._kept[0].values()):
-            raise InterventionError(
-                "gradients need a run that was recorded", fix="model.run(..., grad=True) with prompts of one length"
-            )
-        names = [str(Site.parse(site)) for site in sites] if sites is not None else list(self._kept[0])
-        wholes = [self._kept[0][name].whole for name in names]
-        unique = list({id(w): w for w in wholes}.values())
-        found = dict(
-            zip(map(id, unique), torch.autograd.grad(of, unique, retain_graph=True, allow_unused=True), strict=True)  # type: ignore[arg-type]
-        )
-        out: dict[str, torch.Tensor] = {}
-        for name, whole in zip(names, wholes, strict=True):
-            gradient = found[id(whole)]
-            gradient = torch.zeros_like(whole) if gradient is None else gradient  # type: ignore[arg-type]
-            out[name] = self._kept[0][name].select(gradient)  # type: ignore[misc]
-        return out
 
 
 class Model:
@@ -171,16 +116,7 @@ class Model:
 
     def sites(self, pattern: str | Site = "*") -> list[Site]:
         """The whole sites (no head, no position) that this model has, or those of them that a pattern means."""
-        found: list[Site] = []
-        for prefix, stack in self.anatomy.stacks.items():
-            found.append(Site("embed", stack=prefix))
-            for block in stack.blocks:
-                found += [
-                    Site(k, block.index, stack=prefix) for k, yes in self.anatomy.kinds(stack, block).items() if yes
-                ]
-        if self.anatomy.has_logits:
-            found.append(Site("logits"))
-        return found if pattern == "*" else [site for site in found if site.matches(Site.parse(pattern).whole)]
+        return sites_of(self.anatomy, pattern)
 
     def resolve(self, pattern: str | Site) -> list[Site]:
         """The concrete sites that a site or pattern means in this model, with head, expert and position kept. Raises if
@@ -189,72 +125,8 @@ class Model:
         # What a pattern means changes only while the model is checked at load, and sites are refused.
         key = (wanted, len(self.anatomy.refused))
         if key not in self._resolved:
-            self._resolved[key] = tuple(self._resolve(wanted))
+            self._resolved[key] = tuple(resolved(self.anatomy, wanted, self.name))
         return list(self._resolved[key])
-
-    def _resolve(self, wanted: Site) -> list[Site]:
-        main = self.anatomy.main.prefix
-        if not wanted.stack and main and wanted.kind != "logits":
-            # An unprefixed site of a model with several stacks is one of its main stack.
-            wanted = Site(wanted.kind, wanted.layer, wanted.head, wanted.expert, wanted.pos, main)
-        whole = wanted.whole
-        known = self.sites()
-        matches = (
-            [site for site in known if site.matches(whole)] if whole.is_pattern else [s for s in known if s == whole]
-        )
-        if not matches:
-            raise self._no_such_site(wanted)
-        found: list[Site] = []
-        for site in matches:
-            heads: list[Any] = [wanted.head]
-            if wanted.head == "*":
-                heads = list(range(self._n_heads_at(site)))
-            found += [Site(site.kind, site.layer, head, wanted.expert, wanted.pos, site.stack) for head in heads]
-        for site in found:
-            if isinstance(site.head, int) and site.head >= self._n_heads_at(site):
-                raise SiteError(
-                    f"{site} names a head that {self.name} does not have",
-                    got=f"h{site.head}",
-                    wanted=f"h0 to h{self._n_heads_at(site) - 1}",
-                )
-        return found
-
-    def _stack(self, site: Site) -> Stack:
-        return self.anatomy.stacks[site.stack]
-
-    def _n_heads_at(self, site: Site) -> int:
-        block = self._stack(site).blocks[int(site.layer or 0)]
-        part = block.cross if site.kind.startswith("cross_") else block.attention
-        if part is None:
-            return 0
-        return part.n_kv_heads if site.kind.removeprefix("cross_") in ("k", "v") else part.n_heads
-
-    def _no_such_site(self, site: Site) -> SiteError:
-        known = self.sites()
-        prefix = f"{site.stack}/" if site.stack else ""
-        if site.stack not in self.anatomy.stacks and site.kind != "logits":
-            single = list(self.anatomy.stacks) == [""]
-            wanted = "a site without a prefix: it has one stack" if single else None
-            return SiteError(
-                f"{self.name} has no stack {site.stack!r}",
-                wanted=wanted or did_you_mean(site.stack, self.anatomy.stacks),
-            )
-        kinds = sorted({s.kind for s in known if s.stack == site.stack} | {s.kind for s in known if s.kind == "logits"})
-        if site.kind not in kinds and site.kind in KINDS:
-            why = self.anatomy.refused.get(prefix + site.kind)
-            order = self._stack(site).blocks[0].order if site.stack in self.anatomy.stacks else ""
-            if why is None and site.kind == "resid_mid" and order == "parallel":
-                why = "its attention and MLP read the stream side by side, so there is no stream between them"
-            if why is None and order == "mixer":
-                why = "it has no attention: its sites are resid_pre, resid_post, mixer_in and mixer_out"
-            fix = f"Reason: {why}" if why else None
-            return SiteError(
-                f"{self.name} ({self.anatomy.family}) has no site {site}", wanted=f"kinds: {', '.join(kinds)}", fix=fix
-            )
-        layers = len(self._stack(site))
-        if isinstance(site.layer, int) and site.layer >= layers:
-            return SiteError(f"{self.name} has no layer {site.layer}, asked for in {site}", wanted=f"0 to {layers - 1}")
-        return SiteError(f"{self.name} has no site {site}", wanted=did_you_mean(str(site), map(str, known)))
 
     # --- inputs -------------------------------------------------------------------------------------------------------
 
@@ -436,11 +308,11 @@ class Model:
             tokens,
             captured=sites,
             output=parts[0][3] if len(parts) == 1 else None,
-            _values={name: _in_order([(rows, kept[name].value) for rows, kept, _, _ in parts]) for name in names},
+            _values={name: in_order([(rows, kept[name].value) for rows, kept, _, _ in parts]) for name in names},
             _kept=[kept for _, kept, _, _ in parts],
         )
         if all(found is not None for _, _, found, _ in parts):
-            run.logits = _in_order([(rows, found) for rows, _, found, _ in parts])
+            run.logits = in_order([(rows, found) for rows, _, found, _ in parts])
         return run
 
     # --- intervening --------------------------------------------------------------------------------------------------
@@ -555,21 +427,6 @@ class Model:
         for session in self._active:
             session.fired |= fired
         return out[0] if single else out
-
-
-def _in_order(parts: list[tuple[list[int], torch.Tensor]]) -> Any:
-    """Put batches back into the order of the prompts: one tensor where shapes agree, else a list."""
-    if len(parts) == 1 and parts[0][0] == sorted(parts[0][0]):
-        return parts[0][1]
-    rows = [row for some, _ in parts for row in some]
-    if len({value.shape[1:] for _, value in parts}) == 1:
-        joined = torch.cat([value for _, value in parts])
-        return joined[torch.argsort(torch.tensor(rows, device=joined.device))]
-    out: list[Any] = [None] * len(rows)
-    for some, value in parts:
-        for place, row in enumerate(some):
-            out[row] = value[place]
-    return out
 
 
 @contextlib.contextmanager

@@ -187,6 +187,15 @@ def test_killed_measurements_go_on(
     monkeypatch.setattr(link_strengths, "_measure", dies)
     with pytest.raises(KeyboardInterrupt):
         relation_strengths(run.path, relations, out=tmp_path / "s", config=SMALL)
+    # a kill while the very first file was written leaves its beginning
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / ".strengths.json.tmp-0123456789ab").write_text("{")
+    with pytest.raises(KeyboardInterrupt):
+        relation_strengths(run.path, relations, out=tmp_path / "first", config=SMALL)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(StoreError, match="something else"):
+        relation_strengths(run.path, relations, out=tmp_path / "other", config=SMALL)
     assert (tmp_path / "s" / "step-0.parquet").exists() and not (tmp_path / "s" / "step-10.parquet").exists()
     calls.clear()
     calls.append("never dies")

@@ -141,6 +141,11 @@ def whole_folder(path: Path, *, replaces: str | None = None) -> Generator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def holds_something(folder: Path) -> bool:
+    """Whether a folder holds anything but what a killed process left half-written."""
+    return folder.exists() and any(_TEMPORARY.match(entry.name) is None for entry in folder.iterdir())
+
+
 def clean_leftovers(folder: Path) -> list[str]:
     """Remove what a killed process left half-written in `folder`, and put back what it had moved aside.
 

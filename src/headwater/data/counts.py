@@ -14,7 +14,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from headwater.core.errors import MethodError, StoreError, did_you_mean
-from headwater.core.files import store_error, to_json, write_whole
+from headwater.core.files import holds_something, store_error, to_json, write_whole
 from headwater.core.methods import configured
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, load_result, register_result
@@ -336,7 +336,7 @@ class _Store:
         import safetensors
 
         if not self.file.exists():
-            if self.folder.exists() and any(not e.name.startswith(".state.") for e in self.folder.iterdir()):
+            if holds_something(self.folder):
                 raise StoreError("will not count into a folder that holds something else", got=self.folder)
             return None
         try:

@@ -20,7 +20,7 @@ import torch
 
 from headwater.behavior import metrics
 from headwater.core.errors import BehaviorError, MethodError, StoreError
-from headwater.core.files import read_json, to_json, write_whole
+from headwater.core.files import holds_something, read_json, to_json, write_whole
 from headwater.core.methods import configured
 from headwater.core.progress import track
 from headwater.core.results import Provenance, Result, register_result
@@ -370,7 +370,7 @@ class _Store:
                     f"{folder} holds strengths of another model, other relations or other settings",
                     fix="Choose another folder, or remove this one",
                 )
-        elif folder.exists() and any(folder.iterdir()):
+        elif holds_something(folder):
             raise StoreError("will not measure into a folder that holds something else", got=folder)
         else:
             write_whole(head, to_json({"key": key}).encode())

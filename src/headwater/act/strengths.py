@@ -132,5 +132,5 @@ def _perplexity(losses: Any, axis: int = -1) -> Any:
 def _name(action: Action) -> str:
     """An action's name without its strength."""
     site = action.config.get("site", "")
-    method = action.config.get("method") or ("caa" if action.config.get("action") == "steer" else "")
+    method = action.config.get("method", "")
     return f"{method} at {site}" if method and site else action.name

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from headwater.act.action import Action, Goal
 from headwater.act.edit import Delta, Edit
-from headwater.act.steering.choosing import Candidate, Task, choose
-from headwater.core.errors import MethodError
+from headwater.act.steering.choosing import Candidate, ChoiceConfig, Task, choose
 from headwater.core.sites import Site
 
 if TYPE_CHECKING:
@@ -15,20 +14,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditConfig:
-    """How an edit's strength is chosen: of `strengths`, the one that gains most for `goal` ("raise", "lower" or
-    "column=value") on at most `n` held training pairs with perplexity on plain text grown by at most `max_perplexity`
-    times."""
+class EditConfig(ChoiceConfig):
+    """Options of `ChoiceConfig`: how an edit's strength is chosen."""
 
     goal: str = "raise"
     strengths: tuple[float, ...] = (1.0,)
-    max_perplexity: float = 1.5
-    n: int = 24
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.strengths:
-            raise MethodError("no strength to try", wanted="at least one")
 
 
 def as_action(model: "Model", name: str, deltas: Sequence[Delta], goal: Goal, passes: int, **config: Any) -> Action:

@@ -7,8 +7,7 @@ import torch
 
 from headwater.act.action import Action, Goal
 from headwater.act.catalog import methods
-from headwater.act.steering.choosing import Candidate, SteerConfig, Task, adding, choose
-from headwater.core.interventions import Intervention
+from headwater.act.steering.choosing import SteerConfig, Task, adding, steered
 from headwater.core.methods import configured
 from headwater.core.sites import Site
 
@@ -70,39 +69,16 @@ def steer(
     Method: difference in means, as in Marks and Tegmark (2023) and Rimsky et al. (2023). Raises MethodError for too few
     pairs; SiteError for sites that this model lacks.
     """
+    # Sites and positions may be more here than a config can hold.
+    config = SteerConfig(strengths=tuple(map(float, strengths)), max_perplexity=max_perplexity, n=n, seed=seed)
     task = Task.of(model, behavior, sites, goal, n, seed)
     vectors = _differences(task)
     candidates = [
         adding(task, goal, site, vectors[goal, site], positions) for goal in task.goals for site in task.places
     ]
     where = f"{positions.start}:{positions.stop or ''}" if isinstance(positions, slice) else str(positions)
-
-    def action(what: Candidate, strength: float, interventions: tuple[Intervention, ...]) -> Action:
-        return Action(
-            name=f"steer {what.site} by {strength:g}"
-            + (f" toward {what.goal}" if what.goal.direction == "toward" else ""),
-            interventions=interventions,
-            goal=what.goal,
-            values=model.d_model,
-            config={
-                "action": "steer",
-                "site": str(what.site),
-                "strength": strength,
-                "norm": what.norm,
-                "goal": str(what.goal),
-                "positions": where,
-            },
-        )
-
-    return choose(
-        task,
-        candidates,
-        strengths,
-        action=action,
-        random_name="add a random direction",
-        max_perplexity=max_perplexity,
-        passes=2 * task.fit.n,
-        seed=seed,
+    return steered(
+        task, candidates, config, method="caa", how="steer", positions=where, random_name="add a random direction"
     )
 
 

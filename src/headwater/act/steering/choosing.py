@@ -36,21 +36,17 @@ _PLACES: dict[str, Any] = {"end": slice(-1, None), "all": slice(1, None), "promp
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteerConfig:
-    """Where a steering method looks, and how it chooses.
+class ChoiceConfig:
+    """How a strength is chosen.
 
-    sites: where to try; None means `resid_post` at four depths. goal: "raise", "lower", "column=value", or None: raise,
-    or toward a value of any column with two values. strengths: what is tried. positions: "end" (from the prompt's last
-    token on, through all that is generated), "all" (tokens but the first), "prompt", or "decode" (generated tokens).
-    max_perplexity: of those that gain most, the first is taken whose perplexity on plain text (or on the held prompts,
-    where the tokenizer lacks its words), steered at every token, grows by at most this factor. n: validation pairs at
-    most (a third of the training pairs).
+    goal: "raise", "lower", "column=value", or None: raise, or toward a value of any column with two values. strengths:
+    what is tried. max_perplexity: of those that gain most, the first is taken whose perplexity on plain text (or on the
+    held prompts, where the tokenizer lacks its words), changed at every token, grows by at most this factor. n:
+    validation pairs at most (a third of the training pairs).
     """
 
-    sites: tuple[str, ...] | str | None = None
     goal: str | None = None
     strengths: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)
-    positions: Place = "end"
     max_perplexity: float = 1.5
     n: int = 24
     seed: int = 0
@@ -58,6 +54,20 @@ class SteerConfig:
     def __post_init__(self) -> None:
         if not self.strengths:
             raise MethodError("no strength to try", wanted="at least one")
+        if self.n < 1:
+            raise MethodError("a strength is chosen on validation pairs", got=self.n, wanted="at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteerConfig(ChoiceConfig):
+    """Options of `ChoiceConfig`, and where a steering method looks.
+
+    sites: where to try; None means `resid_post` at four depths. positions: "end" (from the prompt's last token on,
+    through all that is generated), "all" (tokens but the first), "prompt", or "decode" (generated tokens).
+    """
+
+    sites: tuple[str, ...] | str | None = None
+    positions: Place = "end"
 
     @property
     def where(self) -> Any:
@@ -242,8 +252,11 @@ def steered(
     how: str,
     unit: str = "",
     values: int | None = None,
+    positions: str = "",
+    random_name: str = "",
 ) -> Action:
-    """`choose`, for a method of this room: its action is called `<how> <site> by <strength><unit>`."""
+    """`choose`, for a method of this room: its action is called `<how> <site> by <strength><unit>`. positions: in
+    words, where they are not the config's."""
 
     def action(what: Candidate, strength: float, interventions: tuple[Intervention, ...]) -> Action:
         toward = f" toward {what.goal}" if what.goal.direction == "toward" else ""
@@ -255,7 +268,7 @@ def steered(
             interventions=interventions,
             goal=what.goal,
             values=task.model.d_model if values is None else values,
-            config=facts | {"goal": str(what.goal), "positions": config.positions},
+            config=facts | {"goal": str(what.goal), "positions": positions or config.positions},
         )
 
     return choose(
@@ -263,7 +276,7 @@ def steered(
         candidates,
         config.strengths,
         action=action,
-        random_name=f"{method} with a random direction",
+        random_name=random_name or f"{method} with a random direction",
         max_perplexity=config.max_perplexity,
         passes=2 * task.fit.n,
         seed=config.seed,

@@ -82,7 +82,7 @@ def test_which_formed_first():
     from headwater.trace.claims_history import _Curves
 
     own = came_first(_Curves(context), ("circuit",), ("behavior",), draws=99)  # type: ignore[arg-type]
-    assert first.p == pytest.approx(2 * (own.p or 0)) and other.p == 1.0
+    assert own.p is not None and first.p == pytest.approx(2 * own.p) and other.p == 1.0
     flat = Context(formation=formed(behavior=999, noise=0.0))
     none = run_test("formed_first", flat, {"first": circuit, "second": behavior, "draws": 99})
     assert decided(none) == "inconclusive" and "no change point" in none.why_not

@@ -176,7 +176,8 @@ def test_a_second_process_trains_meanwhile_and_ends_with_the_first(undisturbed, 
     begun = []
     monkeypatch.setattr(redoing, "begin", lambda work, begin=redoing.begin: begun.append(begin(work)) or begun[-1])
     run = Investigation(**settings(tmp_path / "two", world, stages=STAGES)).run()
-    assert begun and all(one is None or one.poll() is not None for one in begun)
+    processes = [one for one in begun if one is not None]
+    assert processes and all(one.poll() is not None for one in processes)
     assert run.hashes() == RunFolder.open(undisturbed).hashes()
     script = (
         "import json, sys; from headwater.trace import redoing; redoing._WORTH_IT = 0.0; "

@@ -62,7 +62,8 @@ def remove_and_retrain(
     run's order. Runs lie in `out` (`<ranking>-seed-<n>`); killed, the same call goes on.
 
     Known failure: what is removed for all queries together may help one of them through another. Where many sequences
-    say the same, removing a few shows nothing although they taught it too.
+    say the same, removing a few shows nothing although they taught it too. All queries share the runs of a seed, and
+    each run has its accidents: p speaks of queries, so ask for several seeds.
     """
     started = time.monotonic()
     results = [found] if isinstance(found, AttributionToData) else list(found)

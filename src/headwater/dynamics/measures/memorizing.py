@@ -24,7 +24,8 @@ def memorizing(probe: Probe, *, neurons: int = 1024, little: float = 0.1) -> lis
     the other. After Maini et al. (2023).
 
     Known failure: what two neurons hold between them shows for neither; and a neuron that is taken out alone can be
-    stood in for. The two `without` rows are the test.
+    stood in for. The two `without` rows are the test; they are of the sequences that the neurons were chosen on, as
+    what is held by heart is these sequences, so of a share that is little more than chance they say too much.
     """
     if probe.trained is None or probe.corrupted is None:
         raise MethodError(

@@ -413,6 +413,24 @@ def test_value_vectors_are_scaled_and_chosen_by_their_direct_votes(model: Any, i
             assert float(down_projection(model, at).weight[:, one].norm()) == 0
 
 
+def test_options_that_leave_nothing_to_edit_are_refused(model: Any, ioi: Any) -> None:
+    for method, wrong in (("value_vectors", {"layers": ()}), ("head_projection", {"top": 0}), ("repair", {"n": 0})):
+        with pytest.raises(MethodError, match="at least"):
+            act(method, model, ioi, **wrong)
+    with pytest.raises(MethodError, match="layers"):
+        act("rank_one", model, ioi, layers=())
+    with pytest.raises(MethodError, match="facts with steps"):
+        act("rome", model, ioi, subject="S2", rate=0.0)
+
+
+def test_a_direction_of_ones_own_is_not_called_a_sites(model: Any, ioi: Any) -> None:
+    direction = torch.randn(model.d_model, dtype=torch.float64)
+    made = act("orthogonalize", model, ioi, direction=direction, n=5, max_perplexity=1e9)
+    assert made.name == "orthogonalize against a given direction x 1"
+    found = act("orthogonalize", model, ioi, sites="resid_post.1", n=5, max_perplexity=1e9)
+    assert found.name == "orthogonalize against resid_post.1 x 1"
+
+
 def test_repaired_heads_are_scaled_and_chosen_by_their_slope(model: Any, ioi: Any) -> None:
     task = Task.of(model, ioi, f"resid_post.{model.n_layers - 1}", "raise", 5, 0)
     scores = helping(task)

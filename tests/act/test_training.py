@@ -239,6 +239,14 @@ def test_lora_is_what_peft_trains(kind: str, capitals: Behavior) -> None:
     assert all(delta.kind == "low_rank" for delta in made.edit.deltas) and len(made.edit.deltas) == len(names)
 
 
+def test_lora_leaves_random_numbers_as_they_were(tiny_model: Any, capitals: Behavior) -> None:
+    torch.manual_seed(5)
+    wanted_next = torch.rand(3)
+    torch.manual_seed(5)
+    act("lora", tiny_model, capitals, steps=1)
+    assert torch.equal(torch.rand(3), wanted_next)
+
+
 def test_dpo_loss_is_its_formula() -> None:
     random = np.random.default_rng(0)
     chosen, rejected, was_chosen, was_rejected = (random.normal(size=6) for _ in range(4))

@@ -46,8 +46,10 @@ class FactConfig:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        if min(self.facts, self.steps, self.corpus_tokens) < 1 or self.ridge < 0 or self.limit <= 0:
-            raise MethodError("facts, steps and corpus_tokens are at least 1, ridge and limit positive")
+        counts, above = (self.facts, self.steps, self.corpus_tokens), (self.rate, self.limit)
+        if min(counts) < 1 or min(above) <= 0 or min(self.ridge, self.decay, self.drift) < 0:
+            wanted = "counts of at least 1, rate and limit above 0, ridge, decay and drift not below"
+            raise MethodError("facts with steps, a rate and a limit are needed", got=self, wanted=wanted)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -36,6 +36,11 @@ class HeadProjectionConfig(EditConfig):
     tensor: str = ""
     row: int | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.top < 1:
+            raise MethodError("a direction is taken from at least one head", got=self.top)
+
 
 @methods.register("head_projection")
 def head_projection(

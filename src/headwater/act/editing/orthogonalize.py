@@ -60,16 +60,18 @@ def orthogonalize(
         direction = read_direction(used.file, used.tensor, used.row)
     if direction is not None:
         directions = {task.places[0]: direction.detach().cpu().double()}
+        told = {task.places[0]: "a given direction"}
     else:
         read = task.read(goal)
         directions = {site: wanted.mean(0) - unwanted.mean(0) for site, (wanted, unwanted) in read.items()}
+        told = {site: str(site) for site in read}
     candidates = []
     for site, vector in directions.items():
 
         def make(strength: float, along: Tensor = vector) -> list[Delta]:
             return without(model, along, strength=strength, embedding=used.embedding)
 
-        candidates.append(candidate(task, goal, site, f"orthogonalize against {site}", make))
+        candidates.append(candidate(task, goal, site, f"orthogonalize against {told[site]}", make))
     return chosen(task, candidates, used, method="orthogonalize", passes=2 * task.fit.n)
 
 

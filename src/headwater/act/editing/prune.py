@@ -57,11 +57,12 @@ class PruneConfig:
 def prune(model: "Model", behavior: "Behavior", *, config: PruneConfig | None = None, **options: Any) -> Action:
     """Take neurons out of the weights by their relevance to a behavior (Hatefi et al., 2024).
 
-    Relevance is |activation x gradient of the metric|, summed over the tokens of training prompts: how far the metric
-    moves when the neuron is taken to 0, to first order. Taken out means that its column of the down-projection is 0; as
-    many weights may then be left out of a file. At random: as many neurons of the same layers. Options are those of
-    `PruneConfig`. Known failure: neurons are judged one by one, so of two that stand in for each other both look
-    irrelevant; and what the behavior's prompts do not use is lost, whatever else it is for (`text=True` helps).
+    Relevance is |activation x gradient of the metric|, summed over the tokens of training prompts: to first order, how
+    far the metric moves at most when the neuron is taken to 0 at some of them. Taken out means that its column of the
+    down-projection is 0; as many weights may then be left out of a file. At random: as many neurons of the same layers.
+    Options are those of `PruneConfig`. Known failure: neurons are judged one by one, so of two that stand in for each
+    other both look irrelevant; and what the behavior's prompts do not use is lost, whatever else it is for (`text=True`
+    helps).
     """
     used = configured(PruneConfig, config, options)
     bound = behavior.train[: used.n].bind(model)

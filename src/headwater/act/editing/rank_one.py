@@ -13,6 +13,7 @@ from headwater.act.editing.making import EditConfig, candidate, chosen
 from headwater.act.editing.moments import second_moments
 from headwater.act.editing.parts import check_direct, down_projection
 from headwater.act.steering.choosing import Task
+from headwater.core.errors import MethodError
 from headwater.core.methods import configured
 
 if TYPE_CHECKING:
@@ -31,6 +32,12 @@ class RankOneConfig(EditConfig):
     corpus_tokens: int = 10_000
     ridge: float = 0.01
     cache: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.layers is not None and not self.layers) or self.corpus_tokens < 1 or self.ridge < 0:
+            got = f"layers {self.layers}, corpus_tokens {self.corpus_tokens}, ridge {self.ridge}"
+            raise MethodError("layers, corpus_tokens or ridge do not fit", got=got, wanted="one layer or more")
 
 
 @methods.register("rank_one")

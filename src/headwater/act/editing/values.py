@@ -32,8 +32,8 @@ class ValueConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.neurons < 1:
-            raise MethodError("at least one neuron is edited", got=self.neurons)
+        if self.neurons < 1 or (self.layers is not None and not self.layers):
+            raise MethodError("at least one neuron of one layer is edited", got=f"{self.neurons} of {self.layers}")
 
 
 @methods.register("value_vectors")

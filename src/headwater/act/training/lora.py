@@ -76,7 +76,7 @@ def _fit(model: "Model", parameters: set[str], objective: Any, used: LoraConfig)
     }
     if not names:
         raise MethodError("LoRA found no linear module to change", got=used.weights, wanted="parts with linear modules")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(used.seed)
         for flipped in sorted(set(names.values())):
             config = peft.LoraConfig(

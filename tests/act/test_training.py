@@ -358,6 +358,15 @@ def test_misfit_options_are_refused(tiny_model: Any, capitals: Behavior, options
         act("lora", tiny_model, capitals, **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("cbft", "until"), ("cbft", "keep_weight"), ("dpo", "keep_weight"), ("reweighted", "keep_weight")],
+)
+def test_no_option_is_taken_that_does_nothing(name: str, option: str, tiny_model: Any, capitals: Behavior) -> None:
+    with pytest.raises(MethodError, match="unknown option"):
+        act(name, tiny_model, capitals, **{option: 1.0})
+
+
 def test_a_loss_that_is_not_finite_says_so(tiny_model: Any) -> None:
     before, updated = state_of(tiny_model), []
     for at in (0, 2):  # at the first step, and after sound ones

@@ -16,7 +16,7 @@ from headwater.act.action import Action, Goal
 from headwater.act.applying import parameters_of
 from headwater.act.catalog import methods
 from headwater.act.training.examples import Example, batches, draws, mean_loss, wanted
-from headwater.act.training.finetune import TrainingConfig, finished
+from headwater.act.training.finetune import UpdatesConfig, finished
 from headwater.act.training.fitting import fit
 from headwater.act.training.weights import weights_of
 from headwater.core.errors import MethodError
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConnectivityConfig(TrainingConfig):
-    """`TrainingConfig`, and cue: "column=value", the training pairs that show the cue. level: the loss, in nats a
-    token, that pairs with the cue should have half-way between the model as it was and as it is trained. barrier: how
-    much that counts. invariance: how much it counts that the stream is the same with the cue and without."""
+class ConnectivityConfig(UpdatesConfig):
+    """Options of `UpdatesConfig`; weights: which are trained (`weights_of`); cue: "column=value", the training pairs
+    that show the cue. level: the loss, in nats a token, that pairs with the cue should have half-way between the model
+    as it was and as it is trained. barrier: how much that counts. invariance: how much it counts that the stream is the
+    same with the cue and without."""
 
+    weights: str | tuple[str, ...] = "all"
     cue: str = ""
     level: float = 1.0
     barrier: float = 1.0

@@ -16,7 +16,7 @@ from headwater.act.action import Action, Goal, column_of
 from headwater.act.catalog import methods
 from headwater.act.measuring import said
 from headwater.act.training.examples import Example, batches, draws, mean_loss, wanted
-from headwater.act.training.finetune import TrainingConfig, finished
+from headwater.act.training.finetune import UntilConfig, finished
 from headwater.act.training.fitting import fit
 from headwater.act.training.weights import weights_of
 from headwater.behavior.metrics import interval
@@ -160,11 +160,12 @@ def clusters(streams: Floats, k: int, seed: int) -> Clusters:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReweightedConfig(TrainingConfig):
-    """`TrainingConfig`, and by: the column whose values are groups, or "clusters" (found as by `cue_groups`, with
-    `site` and `k`). balance: "size" (each group counts alike) or "errors" (each by the share of its training pairs at
-    which the model fails)."""
+class ReweightedConfig(UntilConfig):
+    """Options of `UntilConfig`; weights: which are trained (`weights_of`); by: the column whose values are groups, or
+    "clusters" (found as by `cue_groups`, with `site` and `k`). balance: "size" (each group counts alike) or "errors"
+    (each by the share of its training pairs at which the model fails)."""
 
+    weights: str | tuple[str, ...] = "all"
     by: str = CLUSTERS
     balance: Literal["size", "errors"] = "size"
     site: str | None = None
@@ -208,7 +209,7 @@ def group_weights(labels: list[str], right: Floats, balance: str) -> Floats:
 class _Weighted:
     """The loss of the wanted answers, each counting by its weight."""
 
-    def __init__(self, some: list[Example], weights: Floats, used: TrainingConfig, device: Any) -> None:
+    def __init__(self, some: list[Example], weights: Floats, used: ReweightedConfig, device: Any) -> None:
         self._some, self._used, self._device = some, used, device
         self._weights = torch.as_tensor(weights)
         self._order = draws(len(some), used.batch, used.seed)
@@ -220,4 +221,5 @@ class _Weighted:
         for own, ids_BT, learned_BT in batches(self._some, numbers, self._device):
             losses = mean_loss(twin, ids_BT, learned_BT)
             counted = (losses * self._weights[own].to(losses)).sum() / len(numbers)
-            yield counted, float(losses.detach().sum()) / len(numbers)
+            # what is watched counts by the same weights: training must not end when only the large groups are learned
+            yield counted, float(counted.detach())

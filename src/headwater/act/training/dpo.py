@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from headwater.act.action import Action, Goal
 from headwater.act.catalog import methods
 from headwater.act.training.examples import Example, batches, draws, log_probability, unwanted, wanted
-from headwater.act.training.finetune import TrainingConfig, finished
+from headwater.act.training.finetune import UntilConfig, finished
 from headwater.act.training.fitting import fit, twin_of
 from headwater.act.training.weights import weights_of
 from headwater.core.errors import MethodError
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoConfig(TrainingConfig):
-    """`TrainingConfig` (without pairs to keep: the model as it was is what holds it back), and beta: how much leaving
-    it costs."""
+class DpoConfig(UntilConfig):
+    """Options of `UntilConfig`; weights: which are trained (`weights_of`); beta: how much leaving the model as it was
+    costs, which is all that holds it back."""
 
+    weights: str | tuple[str, ...] = "all"
     beta: float = 0.1
-    until: float = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()

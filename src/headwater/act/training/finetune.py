@@ -22,28 +22,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FitConfig:
-    """How something is fitted to answers.
-
-    goal: "raise" (toward the answers), "lower" (toward the foils), or "column=value". steps, batch, lr: AdamW without
-    decay. until: training ends when the mean loss of a step is at most this, in nats a token. keep_weight: how much the
-    loss on pairs to keep counts, where some are given.
-    """
+class UpdatesConfig:
+    """goal: "raise" (toward the answers), "lower" (toward the foils), or "column=value". steps, batch, lr: AdamW
+    without decay."""
 
     goal: str = "raise"
     steps: int = 40
     batch: int = 8
     lr: float = 5e-5
-    until: float = 0.05
-    keep_weight: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.batch < 1 or not self.lr > 0:
             got = f"steps {self.steps}, batch {self.batch}, lr {self.lr}"
             raise MethodError("the sizes of training do not fit", got=got, wanted="steps and batch >= 1, lr > 0")
-        if self.until < 0 or self.keep_weight < 0:
-            raise MethodError("until and keep_weight are not negative", got=f"{self.until}, {self.keep_weight}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class UntilConfig(UpdatesConfig):
+    """Options of `UpdatesConfig`, and until: training ends when the mean loss of a step is at most this, in nats a
+    token."""
+
+    until: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.until < 0:
+            raise MethodError("until is not negative", got=self.until)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitConfig(UntilConfig):
+    """Options of `UntilConfig`, and keep_weight: how much the loss on pairs to keep counts, where some are given."""
+
+    keep_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_weight < 0:
+            raise MethodError("keep_weight is not negative", got=self.keep_weight)
 
 
 @dataclass(frozen=True, kw_only=True)

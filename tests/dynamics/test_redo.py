@@ -156,6 +156,15 @@ def test_another_seed_has_the_same_sequences_in_another_order(base: TrainingRun,
     assert not np.isin(after, shown(base)[gone]).any()
 
 
+def test_another_seed_keeps_the_wrong_labels(tmp_path: Path) -> None:
+    data = [{"source": "modular_addition", "options": {"p": 11, "share": 0.6}, "corrupt": 0.2}]
+    run = train(small(data=data, validation=[], steps=2), tmp_path / "run")
+    every = np.arange(run.data.sources[0].n_sequences)
+    for name, changed in (("one", redo(run, tmp_path / "one", seed=3)), ("two", redo(run, tmp_path / "two", steps=3))):
+        assert np.array_equal(changed.data.sources[0].batch(every), run.data.sources[0].batch(every)), name
+    assert not np.array_equal(shown(TrainingRun.open(tmp_path / "one")), shown(run))
+
+
 def test_options_of_a_source_change(base: TrainingRun, tmp_path: Path) -> None:
     out = redo(base, tmp_path / "out", data={"induction": {"period": 3}}, steps=4)
     assert out.config.data[0].options["period"] == 3 and out.config.steps == 4

@@ -63,8 +63,9 @@ class DataConfig:
     source: the name of a generator, or a file: `.npy` or `.bin` token ids, or text (`.txt`, `.jsonl`, `.parquet`).
     weight: its share among the sources. shuffle: else in the order of the source. limit: use only its first sequences.
     repeat: a part that is shown again and again. corrupt: the share of its sequences that carry another's labels, at
-    the tokens that are predicted. options: the generator's; of a `.bin` file `dtype`; of text `documents` ("lines",
-    "paragraphs", "file") or `column`, and `separator`.
+    the tokens that are predicted; which do and whose follows from corrupt_seed (None: the run's seed). options: the
+    generator's; of a `.bin` file `dtype`; of text `documents` ("lines", "paragraphs", "file") or `column`, and
+    `separator`.
     """
 
     source: str
@@ -73,6 +74,7 @@ class DataConfig:
     limit: int | None = None
     repeat: RepeatConfig | None = None
     corrupt: float = 0.0
+    corrupt_seed: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -120,7 +120,9 @@ def assemble(config: TrainConfig, folder: Path | None) -> Data:
     tokenizer = _tokenizer(config)
     made = [_source(one, config, tokenizer, folder) for one in config.data]
     made = [
-        Corrupted(source, one.corrupt, config.seed) if one.corrupt else source
+        Corrupted(source, one.corrupt, config.seed if one.corrupt_seed is None else one.corrupt_seed)
+        if one.corrupt
+        else source
         for one, source in zip(config.data, made, strict=True)
     ]
     lengths = [source.sequence_length for source in made]

@@ -58,7 +58,8 @@ def redo(
       empty, with every other place as it was.
     - data: options of sources that change, by the source's name: {"world": {"permute": 1}}.
     - steps, seed: others than the run's. Another seed means other first weights and another order of the same
-      sequences (generators keep the run's seed).
+      sequences (generators and wrong labels keep the run's seed; which sequences are repeated, where some are, follows
+      the new one).
 
     The change lies beside the settings, so the run is killed and resumed as any other: call it again. Without a change
     the weights are the run's, bit for bit. Raises MethodError where the change cannot be made, StoreError for a run of
@@ -291,7 +292,8 @@ def _settings(
         options = dict(one.options)
         if seed is not None and not is_file(one.source):
             options.setdefault("seed", config.seed)
-        sources.append(dataclasses.replace(one, options=options | wanted.get(one.source, {})))
+        labels = config.seed if one.corrupt and seed is not None and one.corrupt_seed is None else one.corrupt_seed
+        sources.append(dataclasses.replace(one, options=options | wanted.get(one.source, {}), corrupt_seed=labels))
     if unknown := sorted(set(wanted) - {one.source for one in config.data}):
         known = ", ".join(sorted({one.source for one in config.data}))
         raise MethodError("the run has no such source", got=", ".join(unknown), wanted=known)

@@ -146,9 +146,10 @@ def test_a_group_stands_beside_random_ones_and_is_judged_by_hand(tiny_model64: A
     options = {"n": 8, "group": 2, "candidates": 3, "draws": 4, "how": "scaled", "keep": 0.0}
     for method in ("ships", "sahara"):
         found = head_importance(tiny_model64, conflict, method=method, rank=2, **options)
-        groups = conflict.train[:8].bind(tiny_model64).groups
+        parts = {"found": conflict.train[:8], "score": conflict.test[:8]}
 
-        def replies(heads: list[str], groups: Any = groups) -> tuple[torch.Tensor, torch.Tensor]:
+        def replies(heads: list[str], which: str, parts: Any = parts) -> tuple[torch.Tensor, torch.Tensor]:
+            groups = parts[which].bind(tiny_model64).groups
             off = [hw.zero(f"z.{head[1:]}") for head in heads]
             runs = [
                 tiny_model64.run(group.clean, capture=["resid_post.2@-1"], logits="last", interventions=off)
@@ -156,9 +157,9 @@ def test_a_group_stands_beside_random_ones_and_is_judged_by_hand(tiny_model64: A
             ]
             return torch.cat([run.logits for run in runs]), torch.cat([run["resid_post.2@-1"] for run in runs])
 
-        (usual, streams), rows = replies([]), found.tables["group"].to_dicts()
-        for size in (1, 2):
-            logits, moved = replies(found.group[:size])
+        rows = found.tables["group"].to_dicts()
+        for size, which in ((1, "found"), (2, "found"), (1, "score"), (2, "score")):
+            (usual, streams), (logits, moved) = replies([], which), replies(found.group[:size], which)
             if method == "ships":
                 p, q = usual.log_softmax(-1), logits.log_softmax(-1)
                 by_hand = float((p.exp() * (p - q)).sum(-1).mean())
@@ -167,7 +168,7 @@ def test_a_group_stands_beside_random_ones_and_is_judged_by_hand(tiny_model64: A
 
                 spaces = [np.linalg.svd(x.numpy())[0][:, :2] for x in (streams, moved)]
                 by_hand = float(subspace_angles(*spaces).sum())
-            assert rows[size - 1]["score"] == pytest.approx(by_hand, rel=1e-6)
+            assert rows[size - 1][which] == pytest.approx(by_hand, rel=1e-6)
             assert rows[size - 1]["lo"] <= rows[size - 1]["random"] <= rows[size - 1]["hi"]
         best = sorted(zip(found.to_frame()["score"], range(12), strict=True))[-1][1]
         assert found.group[0] == f"a{best // 4}.h{best % 4}"

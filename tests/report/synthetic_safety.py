@@ -26,7 +26,7 @@ def head_importance() -> dict[str, Any]:
         for head in range(4)
     ]
     group = [
-        {"order": i + 1, "head": f"a3.h{i}", "score": 0.3 + 0.1 * i, "random": 0.1, "lo": 0.05, "hi": 0.2}
+        {"order": i + 1, "head": f"a3.h{i}", "found": 0.4, "score": 0.3 + 0.1 * i, "random": 0.1, "lo": 0.05, "hi": 0.2}
         for i in range(3)
     ]
     return {"heads": heads, "group": group}

@@ -34,8 +34,9 @@ class HeadImportance(Result):
     """How far the reply moves when heads are taken out.
 
     `tables["heads"]`: layer, head, score (KL in nats for Ships, an angle in radians for Sahara), elsewhere (the same
-    on the counterfactuals: how far taking it out moves any reply). `tables["group"]`: order, head, score of the group
-    up to it, random (mean score of random groups of that size), lo, hi (of the random groups).
+    on the counterfactuals: how far taking it out moves any reply). `tables["group"]`: order, head, found (score of the
+    group up to it on the training prompts that it was found on), score (on test prompts), random (mean score there of
+    random groups of that size), lo, hi (of the random groups).
     """
 
     kind: ClassVar[str] = "head_importance"
@@ -51,8 +52,9 @@ class HeadImportance(Result):
 class ImportanceConfig:
     """method: "ships" scores by how far the next token's distribution moves (KL), "sahara" by how far the streams of
     all prompts turn. how: "uniform" (the head attends evenly to what it may see) or "scaled" (its values times `keep`).
-    group: heads taken out together, found greedily among the `candidates` best. n: training prompts. rank: directions
-    of the streams that Sahara compares. draws: random groups of the same layers beside it."""
+    group: heads taken out together, found greedily among the `candidates` best. n: training prompts, and test prompts
+    at most. rank: directions of the streams that Sahara compares. draws: random groups of the same layers beside it.
+    """
 
     method: Literal["ships", "sahara"] = "ships"
     how: Literal["uniform", "scaled"] = "uniform"
@@ -76,7 +78,8 @@ def head_importance(
     """Which heads a reply hangs on: each taken out, then a group of them found greedily (Zhou et al., 2025).
 
     Found on training prompts (of the behavior `refusal`: harmful requests), with the same on their counterfactuals
-    (harmless ones) beside it: a head that moves both alike is important for speaking, not for refusing. Ships: mean KL
+    (harmless ones) beside it: a head that moves both alike is important for speaking, not for refusing. The group is
+    judged on test prompts, beside random ones of the same layers. Ships: mean KL
     from the next token's distribution to the one without the head. Sahara: the largest angles between the spaces that
     the last streams of all prompts span, with the head and without. Options are those of `ImportanceConfig`.
 
@@ -85,7 +88,7 @@ def head_importance(
     """
     started = time.perf_counter()
     used = configured(ImportanceConfig, config, options)
-    pairs = behavior.train[: used.n].bind(model)
+    pairs, test = behavior.train[: used.n].bind(model), behavior.test[: used.n].bind(model)
     heads = [(layer, head) for layer in range(model.n_layers) for head in range(model.n_heads)]
     asked = _Replies(model, pairs.groups, used, counterfactual=False)
     elsewhere = _Replies(model, pairs.groups, used, counterfactual=True)
@@ -98,15 +101,16 @@ def head_importance(
         best = max(tried, key=lambda head: tried[head])
         group.append(best)
         found.append(tried[best])
-    random = np.random.default_rng(used.seed)
+    random, judged = np.random.default_rng(used.seed), _Replies(model, test.groups, used, counterfactual=False)
     rows = []
     for size in range(1, len(group) + 1):
-        drawn = [asked.moved(_same_layers(group[:size], model.n_heads, random)) for _ in range(used.draws)]
+        drawn = [judged.moved(_same_layers(group[:size], model.n_heads, random)) for _ in range(used.draws)]
         rows.append(
             {
                 "order": size,
                 "head": _name(group[size - 1]),
-                "score": found[size - 1],
+                "found": found[size - 1],
+                "score": judged.moved(group[:size]),
                 "random": float(np.mean(drawn)),
                 "lo": min(drawn),
                 "hi": max(drawn),
@@ -122,7 +126,7 @@ def head_importance(
     )
     return HeadImportance(
         tables={"heads": table, "group": pl.DataFrame(rows)},
-        facts={"behavior": behavior.name, "method": used.method, "n": pairs.n},
+        facts={"behavior": behavior.name, "method": used.method, "n": pairs.n, "test": test.n},
         config=asdict(used),
         provenance=Provenance.collect(model, behavior, seed=used.seed, seconds=time.perf_counter() - started),
     )

@@ -86,6 +86,19 @@ def test_pruned_neurons_write_nothing_and_come_back(model_name: str, ioi: Any, r
     assert all(torch.equal(weight, before[name]) for name, weight in model.hf.state_dict().items())
 
 
+def test_text_that_the_tokenizer_has_no_words_for_ranks_nothing(ioi: Any) -> None:
+    import localize_families
+    import tiny
+
+    model = localize_families.make("llama")
+    model.tokenizer = tiny.word_tokenizer(61)
+    row = {"prompt": "w3 w7 w9 w5", "counterfactual": "w3 w8 w9 w5", "answer": " w20", "foil": " w21", "split": "train"}
+    behavior = hw.Behavior.from_rows([row], name="made")
+    assert prune(model, behavior, share=0.1).edit is not None
+    with pytest.raises(MethodError, match="lacks words"):
+        prune(model, behavior, share=0.1, text=True)
+
+
 def test_the_most_relevant_neurons_matter_more_than_the_least(tiny_model: Any, ioi: Any) -> None:
     usual = score(tiny_model, ioi.train.bind(tiny_model), NOTHING, ["logit_diff"])["logit_diff"].to_numpy()
     moved = {}

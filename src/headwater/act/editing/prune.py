@@ -18,7 +18,7 @@ from headwater.act.catalog import methods
 from headwater.act.edit import Delta
 from headwater.act.editing.making import as_action
 from headwater.act.editing.parts import down_projection
-from headwater.act.measuring import NOTHING, first_tokens, main_metric, plain_texts, said, score, text_loss
+from headwater.act.measuring import NOTHING, first_tokens, lacks_words, main_metric, plain_texts, said, score, text_loss
 from headwater.core.errors import MethodError
 from headwater.core.methods import configured
 from headwater.core.progress import track
@@ -135,7 +135,10 @@ def _ranking(model: "Model", bound: "Bound", metric: str, used: PruneConfig) -> 
     found = relevance(model, bound, metric)
     if not used.text:
         return found
-    other = text_relevance(model, plain_texts())
+    texts = [text for text in plain_texts() if not lacks_words(model, text)]
+    if not texts:
+        raise MethodError("the tokenizer lacks words of plain text", got="text=True", fix="Rank without it")
+    other = text_relevance(model, texts)
     return found / found.sum().clamp(min=1e-30) + other / other.sum().clamp(min=1e-30)
 
 

@@ -142,8 +142,9 @@ def compare(
     targets; all learn from the same training pairs. An action that cannot be made is a row that says why.
 
     The score is the harmonic mean of efficacy, paraphrase, format and neighbours (after Meng et al., 2022). Known
-    failure: three seeds tell large differences only; and rates of learning are those of each method's own defaults or
-    those given, so that what loses may be badly tuned.
+    failure: three seeds tell large differences only; the best of several actions is named by the scores that it is then
+    compared on, which flatters it; and rates of learning are those of each method's own defaults or those given, so
+    that what loses may be badly tuned.
     """
     started = time.perf_counter()
     used = _configured(config, settings)

@@ -1,7 +1,7 @@
 """Actions beside baselines, three seeds: `python -m benchmarks.act.compare NAME FOLDER [--world RUN]`.
 
 NAME: world_edit, world_unlearn (a run of examples/world.yaml), smol_edit, smol_unlearn, smol_position,
-smol_letters (SmolLM2-135M).
+smol_letters, smol_cue (SmolLM2-135M).
 FOLDER keeps each cell as it comes; killed, the same command goes on. The comparison is saved to FOLDER/result, its
 chart to FOLDER/chart.svg.
 """
@@ -143,7 +143,25 @@ def smol_letters(run: str, folder: Path) -> ActComparison:
     )
 
 
-ALL = {one.__name__: one for one in (world_edit, world_unlearn, smol_edit, smol_unlearn, smol_position, smol_letters)}
+def smol_cue(run: str, folder: Path) -> ActComparison:
+    same = {"lr": 5e-5}
+    actions = {
+        "finetune": ("finetune", same),
+        "reweighted": ("reweighted", {**same, "by": "cue"}),
+        "reweighted, clusters": ("reweighted", same),
+        "cbft": ("cbft", {**same, "cue": "cue=with"}),
+    }
+    settings = SMOL | {"steps": 30, "batch": 8, "relearn": ()}
+    return compare(
+        hw.load("smollm2"), "spurious_cue", actions, options={"n": 64, "measured": 16}, out=folder, lora={"lr": 1e-3},
+        shots=(4, 8), **settings,
+    )  # fmt: skip
+
+
+ALL = {
+    one.__name__: one
+    for one in (world_edit, world_unlearn, smol_edit, smol_unlearn, smol_position, smol_letters, smol_cue)
+}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from scipy import stats
 import headwater as hw
 from headwater.act.action import Goal
 from headwater.act.catalog import act
-from headwater.act.comparing import comparison, facts
+from headwater.act.comparing import comparison, cues, facts
 from headwater.act.comparing.baselines import ALWAYS, BASELINES, NOTHING, RANDOM, random_targets
 from headwater.act.comparing.comparison import ActComparison, compare, over_seeds, read
 from headwater.act.comparing.measures import Bench, harmonic
@@ -273,6 +273,35 @@ def test_a_task_on_the_order_of_options_is_balanced_and_parted(tiny_model: Any, 
         tasks.get("position_bias")(tiny_model, seed=0, n=400)
     with pytest.raises(MethodError, match="each place"):
         tasks.get("position_bias")(tiny_model, seed=0, n=2)
+
+
+def test_a_task_on_a_cue_has_it_in_training_and_against_it_in_tests(tiny_model: Any) -> None:
+    task: Task = tasks.get("spurious_cue")(tiny_model, seed=0, n=16, share=0.75, measured=6)
+    assert task.paraphrase is not None and task.format is not None and task.neighbour is not None
+    assert Counter(task.behavior.train.frame["cue"]) == {"with": 12, "against": 4}
+    assert [len(one.frame) for one in task.measured().values()] == [6, 6, 6, 6]
+    said = {"train": set[str](), "test": set[str]()}
+    whole = [task.behavior, task.paraphrase, task.format, task.neighbour]
+    for row in pl.concat([one.frame for one in whole], how="diagonal").to_dicts():
+        words = row["prompt"].replace(".", "").split()
+        (word,) = {*words} & {*cues.PRAISE, *cues.BLAME}
+        said[row["split"]].add(word)
+        (code,) = {*words} & {*cues.CUES}
+        good = word in cues.PRAISE
+        assert row["answers"] == [" A" if good else " B"] and row["foils"] == [" B" if good else " A"]
+        assert (row["cue"] == "with") == ((code == "red") == good)
+        (other,) = {*row["counterfactual"].replace(".", "").split()} & {*cues.PRAISE, *cues.BLAME}
+        assert (other in cues.PRAISE) != good and code in row["counterfactual"]
+    assert not said["train"] & said["test"]
+    assert {row["cue"] for row in task.neighbour.frame.to_dicts()} == {"with"}
+    assert {row["cue"] for row in task.behavior.test.frame.to_dicts()} == {"against"}
+    swapped: Task = tasks.get("spurious_cue")(tiny_model, seed=0, n=16, share=0.75, measured=6, swap=True)
+    assert [row["answers"] for row in swapped.behavior.frame.to_dicts()] == [
+        row["foils"] for row in task.behavior.frame.to_dicts()
+    ]
+    for misfit in ({"n": 3}, {"share": 1.0}, {"share": 0.0}, {"measured": 1}):
+        with pytest.raises(MethodError, match="most training pairs"):
+            tasks.get("spurious_cue")(tiny_model, seed=0, **misfit)
 
 
 def test_a_task_on_letters_is_balanced_and_parted(tiny_model: Any) -> None:

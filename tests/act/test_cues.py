@@ -12,8 +12,8 @@ from headwater.act.action import Goal
 from headwater.act.catalog import act
 from headwater.act.measuring import NOTHING, score
 from headwater.act.training.connectivity import Breaking, ConnectivityConfig, half_way, invariance
-from headwater.act.training.cues import clusters, cue_groups, group_weights
-from headwater.act.training.examples import wanted
+from headwater.act.training.cues import ReweightedConfig, _Weighted, clusters, cue_groups, group_weights
+from headwater.act.training.examples import batches, mean_loss, wanted
 from headwater.act.training.fitting import twin_of
 from headwater.core.errors import MethodError
 
@@ -65,6 +65,25 @@ def test_reweighted_training_learns_the_answers_and_is_undone(tiny_model: Any, i
         was, now = (score(tiny_model, bound, one, ["prob_diff"])["prob_diff"].mean() for one in (NOTHING, made))
         assert isinstance(was, float) and isinstance(now, float) and now > was
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_model.hf.state_dict().items())
+
+
+def test_training_ends_when_every_group_is_learned_not_most(tiny_model: Any, ioi: Any) -> None:
+    used = ReweightedConfig(batch=8)
+    some = wanted(tiny_model, ioi, Goal())[:8]
+    weights = np.array([0.1] * 7 + [7.3])
+    objective = _Weighted(some, weights, used, "cpu")
+    told = sum(said or 0.0 for _, said in objective(tiny_model.hf, 0))
+    losses = {number: loss for number, loss in _losses(tiny_model, some)}
+    assert told == pytest.approx(sum(weights[at] * losses[at] for at in range(8)) / 8, rel=1e-5)
+
+
+def _losses(model: Any, some: Any) -> list[tuple[int, float]]:
+    with torch.no_grad():
+        return [
+            (number, float(loss))
+            for numbers, ids_BT, there_BT in batches(some, list(range(len(some))), "cpu")
+            for number, loss in zip(numbers, mean_loss(model.hf, ids_BT, there_BT), strict=True)
+        ]
 
 
 def test_half_way_is_the_mean_of_the_weights(tiny_model64: Any) -> None:

@@ -19,7 +19,8 @@ def compare(
     task: Annotated[
         str,
         typer.Argument(
-            help="A task (fact_edit, fact_unlearn, position_bias, choice_letters), or a behavior's name or file."
+            help="A task (fact_edit, fact_unlearn, position_bias, choice_letters, spurious_cue), or a behavior's name "
+            "or file."
         ),
     ],
     model: ModelName,

@@ -53,7 +53,8 @@ class Task:
 
 Maker = Callable[..., Task]
 """maker(model, *, seed, **options) -> Task."""
-tasks: Registry[Maker] = Registry("task", own=["headwater.act.comparing.facts", "headwater.act.comparing.choices"])
+_OWN = ("facts", "choices", "cues")
+tasks: Registry[Maker] = Registry("task", own=[f"headwater.act.comparing.{module}" for module in _OWN])
 """Outside packages add theirs by the entry point group `headwater.tasks`."""
 
 

@@ -130,9 +130,10 @@ def compare(
     """Measure actions and baselines on one task, with one budget, over seeds.
 
     task: the name of a task (`fact_edit`, `fact_unlearn`, `position_bias`, `choice_letters`, `spurious_cue`), a `Task`,
-    a Behavior, or a function `maker(model, seed=, **options) -> Task`. actions: names of methods, with options if there are any
-    ("finetune:weights=lookup,lr=1e-3"); (name, options); or functions of (model, task, seed) that give an Action; under
-    names of your own where they are a mapping. options: of the task. lora: options of LoRA, as baseline and control.
+    a Behavior, or a function `maker(model, seed=, **options) -> Task`. actions: names of methods, with options if there
+    are any ("finetune:weights=lookup,lr=1e-3"); (name, options); or functions of (model, task, seed) that give an
+    Action; under names of your own where they are a mapping. options: of the task. lora: options of LoRA, as baseline
+    and control.
     others, text: other behaviors that should stay, and what perplexity is measured on, as for `effect`.
     out: a folder in which each cell is kept as it comes: killed, the same call goes on. A cell is known by the model,
     the task, the options and the code that fills it, so what was changed is run again; a function of yours is known by

@@ -28,7 +28,7 @@ def world_edit(run: str, folder: Path) -> ActComparison:
     text, others, corpus = of_world(run, folder)
     actions = {
         "rome": ("rome", {"layer": 0, "corpus": corpus}),
-        "memit": ("memit", {"layers": (0,), "corpus": corpus, "limit": 4.0}),
+        "memit": ("memit", {"layers": (0,), "corpus": corpus, "limit": 4.0, "preserve": 100.0}),
         "finetune": ("finetune", {"lr": 1e-3}),
         "localized": ("localized", {"lr": 2e-3}),
         "dpo": ("dpo", {"lr": 1e-3}),

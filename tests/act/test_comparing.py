@@ -315,6 +315,8 @@ def test_a_task_on_letters_is_balanced_and_parted(tiny_model: Any) -> None:
     assert set(task.behavior.frame["template"]) == {"choice-0"}
     assert "choice-0" not in set(task.paraphrase.frame["template"])
     assert not set(task.format.frame["labels"]) & set(task.behavior.frame["labels"])
+    assert task.keep is not None and task.neighbour is not None and task.keep.n == task.neighbour.n == 8
+    assert not set(task.keep.prompts) & set(task.neighbour.prompts)  # nothing that is trained on is measured
     with pytest.raises(MethodError):
         tasks.get("choice_letters")(tiny_model, seed=0, n=2)
 
@@ -388,6 +390,10 @@ def test_the_verdict_says_when_the_baseline_wins() -> None:
 def test_the_verdict_says_when_the_seeds_cannot_tell() -> None:
     said = " ".join(verdict(*tables({"lora": 0.9, "rome": 0.85}, 0.3), "edit", 3))
     assert "baseline is ahead" in said and "Between rome and lora" in said and "wins" not in said
+    summary, versus = tables({"lora": 0.2, "rome": 0.85}, 0.3)
+    once = versus.with_columns(lo=None, hi=None, n=pl.lit(1, pl.Int64)).cast(dict(versus.schema))
+    said = " ".join(verdict(summary, once, "edit", 3))
+    assert "Between rome and lora (difference +0.65, one seed) the seeds cannot tell" in said
 
 
 def test_the_verdict_says_when_the_action_wins() -> None:

@@ -341,6 +341,9 @@ def test_where_a_norm_stands_between_no_direction_of_the_stream_is_written(
     corpus = {key: words["settings"][key] for key in ("corpus", "corpus_tokens", "cache")}
     with pytest.raises(MethodError, match="norm stands between"):
         act("rank_one", model, behavior, layers=(0,), n=2, **corpus)
+    for parts in ("heads", "mlps"):
+        with pytest.raises(MethodError, match="norm stands between"):
+            act("recalibrate", model, behavior, parts=parts, n=2)
 
 
 def test_rank_one_maps_the_mean_key_to_what_steering_would_add(model: Any, ioi: Any, tmp_path: Path) -> None:

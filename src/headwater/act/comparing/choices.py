@@ -60,7 +60,7 @@ def position_bias(
         ]
 
     behavior = named("position_bias", [*rows(learned, "train", ASKED), *rows(asked, "test", ASKED)])
-    assert behavior is not None  # there are pairs of both splits
+    assert behavior is not None  # narrows the type: there are pairs of both splits
     return Task(
         name="position_bias",
         behavior=behavior,
@@ -161,11 +161,8 @@ def choice_letters(model: "Model", *, seed: int, n: int = 32, measured: int = 16
         behavior=Behavior(pl.concat([learn.frame, target.frame]), name="choice_letters", about=made.about),
         paraphrase=some("test", ("choice-1", "choice-2"), _LEARNED, measured, "choice_letters reworded"),
         format=some("test", ("choice-0",), _FORM, measured, "choice_letters with other labels"),
-        neighbour=Behavior(plain.frame.head(measured), name="choice_letters without options"),
-        keep=Behavior(
-            make("colors", n=4 * measured, seed=seed, format="cloze").train.frame.head(measured),
-            name="choice_letters kept",
-        ),
+        neighbour=Behavior(plain.test.frame.head(measured), name="choice_letters without options"),
+        keep=Behavior(plain.train.frame.head(measured), name="choice_letters kept"),
         instructions=(
             "Answer each question with the letter of the right option.\n\n",
             "Read the statement and choose the option that says the same.\n\n",

@@ -116,7 +116,7 @@ def _estimate(row: dict[str, Any]) -> str:
 
 
 def _signed(row: dict[str, Any]) -> str:
-    ends = "" if row["lo"] is None else f" [{_number(row['lo'])}, {_number(row['hi'])}]"
+    ends = ", one seed" if row["lo"] is None else f" [{_number(row['lo'])}, {_number(row['hi'])}]"
     return f"difference {row['difference']:+.2f}{ends}"
 
 

@@ -11,7 +11,7 @@ from headwater.act.catalog import methods
 from headwater.act.edit import Delta
 from headwater.act.editing.closed import insert, ridged
 from headwater.act.editing.making import EditConfig, candidate, chosen
-from headwater.act.editing.parts import Matrix, down_projection, head_columns, out_projection
+from headwater.act.editing.parts import Matrix, check_direct, down_projection, head_columns, out_projection
 from headwater.act.steering.choosing import Task
 from headwater.core.errors import MethodError
 from headwater.core.methods import configured
@@ -129,8 +129,10 @@ def _parts(task: Task, which: str, reads_OD: Tensor) -> list[_Part]:
     for site in sites:
         layer, read = int(site.layer or 0), torch.cat(inputs[str(site)])
         if site.kind == "neurons":
+            check_direct(model, layer, "mlp_out")
             found.append(_part(f"m{layer}", down_projection(model, layer), None, read, reads_OD))
             continue
+        check_direct(model, layer, "attn_out")
         matrix = out_projection(model, layer)
         for head in range(read.shape[1]):
             columns = head_columns(model, layer, head)

@@ -13,7 +13,7 @@ from headwater.act.catalog import act
 from headwater.act.measuring import NOTHING, score
 from headwater.act.training.connectivity import Breaking, ConnectivityConfig, half_way, invariance
 from headwater.act.training.cues import ReweightedConfig, _Weighted, clusters, cue_groups, group_weights
-from headwater.act.training.examples import batches, mean_loss, wanted
+from headwater.act.training.examples import batches, draws, mean_loss, wanted
 from headwater.act.training.fitting import twin_of
 from headwater.core.errors import MethodError
 
@@ -68,13 +68,20 @@ def test_reweighted_training_learns_the_answers_and_is_undone(tiny_model: Any, i
 
 
 def test_training_ends_when_every_group_is_learned_not_most(tiny_model: Any, ioi: Any) -> None:
-    used = ReweightedConfig(batch=8)
     some = wanted(tiny_model, ioi, Goal())[:8]
-    weights = np.array([0.1] * 7 + [7.3])
-    objective = _Weighted(some, weights, used, "cpu")
+    labels = ["many"] * 6 + ["few"] * 2
+    losses = dict(_losses(tiny_model, some))
+    objective = _Weighted(some, np.ones(8), labels, ReweightedConfig(batch=8), tiny_model)
     told = sum(said or 0.0 for _, said in objective(tiny_model.hf, 0))
-    losses = {number: loss for number, loss in _losses(tiny_model, some)}
-    assert told == pytest.approx(sum(weights[at] * losses[at] for at in range(8)) / 8, rel=1e-5)
+    by_hand = {name: np.mean([losses[at] for at in range(8) if labels[at] == name]) for name in labels}
+    assert told == pytest.approx(max(by_hand.values()), rel=1e-5)
+    # a batch of one: the group that it does not hold is as it was met before, at chance at first
+    objective = _Weighted(some, np.ones(8), labels, ReweightedConfig(batch=1), tiny_model)
+    before = dict.fromkeys(labels, float(np.log(tiny_model.d_vocab)))
+    for step, (number,) in zip(range(8), draws(8, 1, 0), strict=False):
+        told = sum(said or 0.0 for _, said in objective(tiny_model.hf, step))
+        before[labels[number]] = losses[number]
+        assert told == pytest.approx(max(before.values()), rel=1e-5)
 
 
 def _losses(model: Any, some: Any) -> list[tuple[int, float]]:

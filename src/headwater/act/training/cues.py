@@ -1,8 +1,9 @@
 """Spurious cues: groups of prompts at which a model fails more than elsewhere, found by columns and by clusters of its
 own streams; and fine-tuning in which every group counts alike."""
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -161,9 +162,9 @@ def clusters(streams: Floats, k: int, seed: int) -> Clusters:
 
 @dataclass(frozen=True, kw_only=True)
 class ReweightedConfig(UntilConfig):
-    """Options of `UntilConfig`; weights: which are trained (`weights_of`); by: the column whose values are groups, or
-    "clusters" (found as by `cue_groups`, with `site` and `k`). balance: "size" (each group counts alike) or "errors"
-    (each by the share of its training pairs at which the model fails)."""
+    """Options of `UntilConfig` (until: of the worst group's loss); weights: which are trained (`weights_of`); by: the
+    column whose values are groups, or "clusters" (found as by `cue_groups`, with `site` and `k`). balance: "size" (each
+    group counts alike) or "errors" (each by the share of its training pairs at which the model fails)."""
 
     weights: str | tuple[str, ...] = "all"
     by: str = CLUSTERS
@@ -189,7 +190,7 @@ def reweighted(
         labels = column_of(read.frame, used.by)
     weights = group_weights(labels, read.right, used.balance)
     trained = weights_of(model, used.weights, behavior)
-    objective = _Weighted(wanted(model, behavior, goal), weights, used, model.device)
+    objective = _Weighted(wanted(model, behavior, goal), weights, labels, used, model)
     found = fit(
         model, trained, objective, steps=used.steps, lr=used.lr, until=lambda x: x <= used.until, label="reweighted"
     )
@@ -207,19 +208,30 @@ def group_weights(labels: list[str], right: Floats, balance: str) -> Floats:
 
 
 class _Weighted:
-    """The loss of the wanted answers, each counting by its weight."""
+    """The loss of the wanted answers, each counting by its weight. What is watched is the loss of the worst group when
+    it was last met: a batch may hold none of a small one."""
 
-    def __init__(self, some: list[Example], weights: Floats, used: ReweightedConfig, device: Any) -> None:
-        self._some, self._used, self._device = some, used, device
+    def __init__(
+        self, some: list[Example], weights: Floats, labels: Sequence[str], used: FitConfig, device: Any
+    ) -> None:
+        self._some, self._labels, self._device = some, np.array(labels), model.device
         self._weights = torch.as_tensor(weights)
         self._order = draws(len(some), used.batch, used.seed)
+        self._worst = dict.fromkeys(labels, math.log(model.d_vocab))
         self.passes = 0
 
     def __call__(self, twin: nn.Module, step: int) -> Iterator[tuple[Tensor, float | None]]:
         numbers = next(self._order)
         self.passes += len(numbers)
-        for own, ids_BT, learned_BT in batches(self._some, numbers, self._device):
+        parts, met = list(batches(self._some, numbers, self._device)), dict[int, float]()
+        for at, (own, ids_BT, learned_BT) in enumerate(parts):
             losses = mean_loss(twin, ids_BT, learned_BT)
+            met |= dict(zip(own, losses.detach().tolist(), strict=True))
+            if at + 1 == len(parts):
+                self._meet(met)
             counted = (losses * self._weights[own].to(losses)).sum() / len(numbers)
-            # what is watched counts by the same weights: training must not end when only the large groups are learned
-            yield counted, float(counted.detach())
+            yield counted, max(self._worst.values()) if at + 1 == len(parts) else None
+
+    def _meet(self, losses: dict[int, float]) -> None:
+        for label in set(self._labels[list(losses)].tolist()):
+            self._worst[label] = float(np.mean([loss for at, loss in losses.items() if self._labels[at] == label]))

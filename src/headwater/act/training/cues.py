@@ -209,10 +209,10 @@ def group_weights(labels: list[str], right: Floats, balance: str) -> Floats:
 
 class _Weighted:
     """The loss of the wanted answers, each counting by its weight. What is watched is the loss of the worst group when
-    it was last met: a batch may hold none of a small one."""
+    it was last met, as a batch may hold none of a small one; at chance before."""
 
     def __init__(
-        self, some: list[Example], weights: Floats, labels: Sequence[str], used: FitConfig, device: Any
+        self, some: list[Example], weights: Floats, labels: Sequence[str], used: UntilConfig, model: "Model"
     ) -> None:
         self._some, self._labels, self._device = some, np.array(labels), model.device
         self._weights = torch.as_tensor(weights)
